@@ -1,0 +1,239 @@
+"""The door: flags to configurations, handed to the rooms; their errors to one line and an exit code."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from emkum.errors import EmkumError, Interrupted, UsageError
+
+app = typer.Typer(
+    name="emkum",
+    help="Distil frozen self-supervised teachers into small students, from a cache computed once.\n\n"
+    "Stage 1, `emkum extract`, runs a teacher once over your picture-caption tars and keeps what it says. "
+    "Stage 2, `emkum train`, trains a small student from that cache alone, as often as you like. "
+    "`emkum demo` shows all of it on generated data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+cache_app = typer.Typer(help="Look at a cache.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(cache_app, name="cache")
+
+MANY = ("--data", "--teacher", "--set")  # options that take every word up to the next option
+
+CacheOption = Annotated[Path, typer.Option("--cache", help="Folder of the cache.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, everything else to stderr.")]
+
+
+@app.command()
+def extract(
+    teacher: Annotated[
+        list[str],
+        typer.Option(
+            help="The frozen network to learn from: a name (`emkum teachers` lists them), a Hugging Face id, or a "
+            "folder with config.json and weights. Several may be given."
+        ),
+    ],
+    data: Annotated[
+        Optional[list[str]],  # noqa: UP045 (Typer reads it)
+        typer.Option(help="WebDataset tars: files, folders, globs or {000..012} patterns. Default: ./data"),
+    ] = None,
+    cache: CacheOption = Path("./shards"),
+    split: Annotated[str, typer.Option(help="What these tars are for: train, val, test or a name of yours.")] = "train",
+    encoder: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="The frozen network whose first layers feed the student (name, id or folder). "
+            "Default: the first picture teacher, so that both share one run; `none` keeps targets only."
+        ),
+    ] = None,
+    cut: Annotated[
+        int,
+        typer.Option(
+            help="After how many blocks of the encoder the student takes over: 0 keeps patch embeddings, so that the "
+            "student may have all blocks; 6 keeps the tokens after block 6, so that training skips those."
+        ),
+    ] = 0,
+    text_encoder: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="The text network the student starts from; its tokenizer makes the token ids. "
+            "Default: the text teacher if there is one, else bert-base; `none` leaves captions out."
+        ),
+    ] = None,
+    targets: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="What to keep of the teacher, comma-separated: cls (one vector a picture), patches (one a patch), "
+            "layers (mean of all layers, normalised, one a token), logits. Default: cls,patches for picture "
+            "teachers, layers for text teachers."
+        ),
+    ] = None,
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Name of the teacher in the cache. Default: its own."),
+    ] = None,
+    size: Annotated[int, typer.Option(help="Side of the square crops, in pixels.")] = 224,
+    crop: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Share of the picture's area that crops take: a range for random crops (0.9-1.0), or one number for "
+            "centre crops (1.0). Default: 0.9-1.0 for the split train, 1.0 otherwise."
+        ),
+    ] = None,
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Mirror crops at random (captions may name left and right).")
+    ] = False,
+    jitter: Annotated[
+        float, typer.Option(help="Strength of random brightness, contrast and saturation, 0 to 1.")
+    ] = 0.0,
+    views: Annotated[int, typer.Option(help="Random crops kept of each picture.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the random crops.")] = 0,
+    storage: Annotated[
+        str, typer.Option(help="float16, float32, or int8 (half the bytes; the error made is measured and shown).")
+    ] = "float16",
+    compute: Annotated[
+        str,
+        typer.Option(
+            help="Type of matrix products: float32, bfloat16, float16. Default: as the cache has it, else bfloat16 "
+            "where the device is good at it."
+        ),
+    ] = "auto",
+    max_tokens: Annotated[int, typer.Option(help="Tokens kept of a caption; a multiple of 16.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Pictures in one forward pass.")] = 32,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Threads that decode pictures. Default: one a core."),
+    ] = None,
+    rows_per_block: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Rows written and committed together; fixed when the cache is made. Default: 1024."),
+    ] = None,
+    max_bad: Annotated[
+        float, typer.Option(help="Share of pictures that may be unusable before the run stops.")
+    ] = 0.001,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu. Default: cuda if there is one.")] = "auto",
+) -> None:
+    """Run a frozen teacher once over your tars and keep its targets.
+
+    The same command again finishes what is missing, or does nothing. Example:
+
+        emkum extract --teacher dinov2-s --data ./data --split train
+    """
+    from emkum.stage1_extract.extract import ExtractConfig
+    from emkum.stage1_extract.extract import extract as run
+
+    run(
+        ExtractConfig(
+            teacher=tuple(teacher),
+            data=tuple(data or ["./data"]),
+            cache=cache,
+            split=split,
+            encoder=encoder,
+            cut=cut,
+            text_encoder=text_encoder,
+            targets=tuple(t.strip() for t in targets.split(",") if t.strip()) if targets else (),
+            name=name,
+            size=size,
+            crop=_crop(crop),
+            flip=flip,
+            jitter=jitter,
+            seed=seed,
+            views=views,
+            storage=storage,
+            compute=compute,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            threads=threads,
+            rows_per_block=rows_per_block,
+            max_bad=max_bad,
+            device=device,
+        ),
+        say=_say,
+    )
+
+
+@cache_app.command("info")
+def cache_info(
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")] = Path("./shards"),
+    as_json: JsonOption = False,
+) -> None:
+    """What a cache holds: fields, rows, bytes, storage error, fingerprints, and what is missing."""
+    from emkum.shards.audit import describe, table
+    from emkum.shards.reader import Cache
+
+    description = describe(Cache.open(cache))
+    print(json.dumps(description, indent=1) if as_json else table(description))
+
+
+def _crop(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        parts = [float(part) for part in text.replace(",", "-").split("-")]
+    except ValueError:
+        parts = []
+    if len(parts) == 1:
+        return parts[0], parts[0]
+    if len(parts) == 2:
+        return parts[0], parts[1]
+    raise UsageError(f"--crop {text} is not an area share", "give one number (1.0) or a range (0.9-1.0)")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _spread(arguments: list[str]) -> list[str]:
+    """`--data a b c` -> `--data a --data b --data c`, so that globs the shell expanded work."""
+    spread: list[str] = []
+    option = None
+    words = 0
+    for argument in arguments:
+        if argument.startswith("-"):
+            option, words = (argument if argument in MANY else None), 0
+        elif option is not None:
+            words += 1
+            if words > 1:
+                spread.append(option)
+        spread.append(argument)
+    return spread
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends at once; nothing committed is at risk
+    raise Interrupted(
+        f"stopped by {signal.Signals(number).name}; every finished block is kept", "the same command continues"
+    )
+
+
+def main() -> None:
+    """Entry point of the `emkum` command."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        app(args=_spread(sys.argv[1:]), standalone_mode=False)
+    except EmkumError as error:
+        print(f"emkum: {error.line()}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("emkum: Interrupted: what was committed is kept | the same command continues", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            print(f"emkum: {error.format_message()} | see --help", file=sys.stderr)
+            sys.exit(2)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Every failure a user can cause or meet, by name, with its exit code.
+
+Codes: 2 usage or configuration; 3 input data beyond tolerance; 4 corrupt cache; 5 identity mismatch;
+6 another writer; 7 storage or credentials; 75 interrupted, the same command continues. 1 is our own bug.
+"""
+
+from __future__ import annotations
+
+
+class EmkumError(Exception):
+    """Base of all user-facing failures. `str()` is what is wrong; `way_out` is what to do next."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, way_out: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.way_out = way_out
+
+    def line(self) -> str:
+        """The one line shown to the user: the class, what is wrong, the way out."""
+        text = f"{type(self).__name__}: {self.what}"
+        return f"{text} | {self.way_out}" if self.way_out else text
+
+
+class UsageError(EmkumError):
+    """A flag, a recipe or a combination of them that cannot work."""
+
+    exit_code = 2
+
+
+class NoData(UsageError):
+    """No source tar was found where the user pointed."""
+
+
+class UnknownNetwork(UsageError):
+    """A teacher or encoder name that is neither in the catalogue, nor a hub id, nor a folder."""
+
+
+class UnsupportedNetwork(UsageError):
+    """Weights of a family or shape we do not read, or that lack what was asked of them."""
+
+
+class WeightsUnavailable(UsageError):
+    """Weights that would have to be fetched, and cannot be from here."""
+
+
+class NotACache(UsageError):
+    """A folder that holds no emkum cache."""
+
+
+class NewerFormat(UsageError):
+    """A cache written by a newer emkum."""
+
+
+class MissingField(UsageError):
+    """A recipe or command needs a field the cache does not hold."""
+
+
+class IncompleteCache(UsageError):
+    """A field lacks blocks that the command needs."""
+
+
+class MissingCaptions(UsageError):
+    """Captions are needed and the data or cache has none."""
+
+
+class UnknownRecipe(UsageError):
+    """A recipe name that is not shipped and not a file, or a key no recipe has."""
+
+
+class NotARun(UsageError):
+    """A folder that holds no training run, or one without what is asked."""
+
+
+class InputDataError(EmkumError):
+    """Source data that cannot be used as it is."""
+
+    exit_code = 3
+
+
+class BadTar(InputDataError):
+    """A tar that breaks a rule of docs/data.md: truncated, mis-grouped, duplicate, unsafe names."""
+
+
+class TruncatedTar(BadTar):
+    """A tar that ends before its end-of-archive marker."""
+
+
+class SplitKey(BadTar):
+    """Members of one key that do not lie side by side."""
+
+
+class DuplicateKey(BadTar):
+    """A key or member that appears twice in one tar."""
+
+
+class BadPicture(InputDataError):
+    """A picture that cannot be decoded. Quarantined by the caller, row by row."""
+
+
+class TooManyBadSamples(InputDataError):
+    """More samples were quarantined than --max-bad allows."""
+
+
+class NonFiniteFeature(InputDataError):
+    """A network gave inf, NaN, or a value its storage type cannot hold."""
+
+
+class CorruptCache(EmkumError):
+    """A committed object is missing, has another length, or fails its checksum."""
+
+    exit_code = 4
+
+
+class IdentityMismatch(EmkumError):
+    """What the cache holds was made with other settings, weights or data than this command asks for."""
+
+    exit_code = 5
+
+
+class FingerprintMismatch(IdentityMismatch):
+    """A field of the same name was computed differently."""
+
+
+class SourceChanged(IdentityMismatch):
+    """A source tar known to the cache has other contents now."""
+
+
+class ResumeMismatch(IdentityMismatch):
+    """A checkpoint that belongs to another recipe, cache or seed."""
+
+
+class AnotherWriter(EmkumError):
+    """Another process is writing to this cache."""
+
+    exit_code = 6
+
+
+class StorageFailure(EmkumError):
+    """The disk is full, a quota or permission stops a write, or storage cannot be reached."""
+
+    exit_code = 7
+
+
+class Interrupted(EmkumError):
+    """SIGINT or SIGTERM. What was committed stays; the same command continues."""
+
+    exit_code = 75

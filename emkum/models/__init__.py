@@ -1,0 +1,1 @@
+"""Networks: blocks, backbones, the families they are read from, and what is regressed of them."""

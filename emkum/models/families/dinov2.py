@@ -1,0 +1,83 @@
+"""DINOv2 (arXiv:2304.07193), with or without registers (arXiv:2309.16588), as transformers stores it."""
+
+from __future__ import annotations
+
+from emkum.errors import UnsupportedNetwork
+from emkum.models.backbone import BackboneSpec
+from emkum.models.families.checkpoint import Checkpoint, KeyMap, refuse_fine_tuned
+from emkum.models.families.family import Family
+from emkum.models.families.hf_names import activation, legacy_name, square
+from emkum.models.preprocessing import Preprocessing
+
+
+def key_map(checkpoint: Checkpoint) -> KeyMap:
+    """Refuses classifiers, and the SwiGLU feed-forward network of the giant one, which we do not compute."""
+    refuse_fine_tuned(checkpoint, r"^(classifier|head|fc_norm)\.", "the backbone alone, such as dinov2-b")
+    config = checkpoint.config
+    if config.get("use_swiglu_ffn"):
+        raise UnsupportedNetwork(
+            f"{checkpoint.label}: DINOv2 with a SwiGLU feed-forward network (the giant size)", "use dinov2-l"
+        )
+    width = int(config.get("hidden_size", 768))
+    registers = config.get("model_type") == "dinov2_with_registers"
+    bias = bool(config.get("qkv_bias", True))
+    spec = BackboneSpec(
+        family="dinov2",
+        modality="image",
+        depth=int(config.get("num_hidden_layers", 12)),
+        width=width,
+        heads=int(config.get("num_attention_heads", 12)),
+        mlp_width=int(width * config.get("mlp_ratio", 4)),
+        layer_scale=True,
+        qkv_bias="all" if bias else "none",
+        activation=activation(config, "gelu"),
+        eps=float(config.get("layer_norm_eps", 1e-6)),
+        patch=square(config.get("patch_size", 14), "patches of"),
+        image_size=square(config.get("image_size", 224), "pictures of"),
+        num_registers=int(config.get("num_register_tokens", 4)) if registers else 0,
+        position_antialias=registers,
+    )
+    sources: dict[str, str | tuple[str, ...]] = {
+        "embedding.cls": "embeddings.cls_token",
+        "embedding.positions": "embeddings.position_embeddings",
+        "embedding.patch.weight": "embeddings.patch_embeddings.projection.weight",
+        "embedding.patch.bias": "embeddings.patch_embeddings.projection.bias",
+        "norm.weight": "layernorm.weight",
+        "norm.bias": "layernorm.bias",
+    }
+    if spec.num_registers:
+        sources["embedding.registers"] = "embeddings.register_tokens"
+    for i in range(spec.depth):
+        ours, theirs = f"stack.blocks.{i}", f"encoder.layer.{i}"
+        sources[f"{ours}.scale1"] = f"{theirs}.layer_scale1.lambda1"
+        sources[f"{ours}.scale2"] = f"{theirs}.layer_scale2.lambda1"
+        for end in ("weight", "bias"):
+            sources |= {
+                f"{ours}.norm1.{end}": f"{theirs}.norm1.{end}",
+                f"{ours}.proj.{end}": f"{theirs}.attention.output.dense.{end}",
+                f"{ours}.norm2.{end}": f"{theirs}.norm2.{end}",
+                f"{ours}.fc1.{end}": f"{theirs}.mlp.fc1.{end}",
+                f"{ours}.fc2.{end}": f"{theirs}.mlp.fc2.{end}",
+            }
+            if end == "weight" or bias:
+                qkv = tuple(f"{theirs}.attention.attention.{name}.{end}" for name in ("query", "key", "value"))
+                sources[f"{ours}.qkv.{end}"] = qkv
+    return KeyMap(spec, sources, drop=(r"^embeddings\.mask_token$",))
+
+
+FAMILY = Family(
+    name="dinov2",
+    modality="image",
+    model_types=("dinov2",),
+    rename=legacy_name("dinov2."),
+    key_map=key_map,
+    preprocessing=Preprocessing(crop_fraction=224 / 256),
+)
+REGISTERS_FAMILY = Family(
+    name="dinov2",
+    modality="image",
+    model_types=("dinov2_with_registers",),
+    rename=legacy_name("dinov2_with_registers."),
+    key_map=key_map,
+    preprocessing=Preprocessing(crop_fraction=224 / 256),
+)

@@ -1,0 +1,61 @@
+"""ViT as transformers stores it, the form DINO is published in (arXiv:2104.14294)."""
+
+from __future__ import annotations
+
+from emkum.models.backbone import BackboneSpec
+from emkum.models.families.checkpoint import Checkpoint, KeyMap, refuse_fine_tuned
+from emkum.models.families.family import Family
+from emkum.models.families.hf_names import activation, legacy_name, square, vision_eps
+from emkum.models.preprocessing import Preprocessing
+
+
+def key_map(checkpoint: Checkpoint) -> KeyMap:
+    """Refuses classifiers: a ViT with one was trained with labels."""
+    refuse_fine_tuned(checkpoint, r"^(classifier|cls_classifier|distillation_classifier|head|fc_norm)\.", "dino-s16")
+    config = checkpoint.config
+    bias = bool(config.get("qkv_bias", True))
+    spec = BackboneSpec(
+        family="vit",
+        modality="image",
+        depth=int(config.get("num_hidden_layers", 12)),
+        width=int(config.get("hidden_size", 768)),
+        heads=int(config.get("num_attention_heads", 12)),
+        mlp_width=int(config.get("intermediate_size", 3072)),
+        qkv_bias="all" if bias else "none",
+        activation=activation(config, "gelu"),
+        eps=vision_eps(config),
+        patch=square(config.get("patch_size", 16), "patches of"),
+        image_size=square(config.get("image_size", 224), "pictures of"),
+    )
+    sources: dict[str, str | tuple[str, ...]] = {
+        "embedding.cls": "embeddings.cls_token",
+        "embedding.positions": "embeddings.position_embeddings",
+        "embedding.patch.weight": "embeddings.patch_embeddings.projection.weight",
+        "embedding.patch.bias": "embeddings.patch_embeddings.projection.bias",
+        "norm.weight": "layernorm.weight",
+        "norm.bias": "layernorm.bias",
+    }
+    for i in range(spec.depth):
+        ours, theirs = f"stack.blocks.{i}", f"encoder.layer.{i}"
+        for end in ("weight", "bias"):
+            sources |= {
+                f"{ours}.norm1.{end}": f"{theirs}.layernorm_before.{end}",
+                f"{ours}.proj.{end}": f"{theirs}.attention.output.dense.{end}",
+                f"{ours}.norm2.{end}": f"{theirs}.layernorm_after.{end}",
+                f"{ours}.fc1.{end}": f"{theirs}.intermediate.dense.{end}",
+                f"{ours}.fc2.{end}": f"{theirs}.output.dense.{end}",
+            }
+            if end == "weight" or bias:
+                qkv = tuple(f"{theirs}.attention.attention.{name}.{end}" for name in ("query", "key", "value"))
+                sources[f"{ours}.qkv.{end}"] = qkv
+    return KeyMap(spec, sources, drop=(r"^pooler\.", r"^embeddings\.mask_token$", r"^decoder\."))
+
+
+FAMILY = Family(
+    name="vit",
+    modality="image",
+    model_types=("vit",),
+    rename=legacy_name("vit."),
+    key_map=key_map,
+    preprocessing=Preprocessing(crop_fraction=224 / 256),
+)

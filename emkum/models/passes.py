@@ -1,0 +1,171 @@
+"""One pass of a batch through several frozen networks: each picture embedded once, shared blocks run once.
+
+B batch, H height, W width, T tokens, D width of a network, L text positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from emkum.errors import UnsupportedNetwork
+from emkum.models import targets
+from emkum.models.network import Network, normalise, shares_prefix
+from emkum.models.resnet import ResNet
+
+What = Literal["tokens", "cls", "patches", "layers", "logits"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One output of one network. `cut`: for tokens, after how many blocks."""
+
+    network: str
+    what: What
+    cut: int = 0
+
+
+def good_compute(device: torch.device) -> str:
+    """The fastest type of matrix product the device is good at: "bfloat16" or "float32".
+
+    CPUs count as good at bfloat16 when they have its instructions (AMX or AVX512-BF16): there it is 2 to 4 times
+    faster than float32; elsewhere it is emulated and slower.
+    """
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    if device.type == "cpu":
+        capabilities = torch.backends.cpu.get_cpu_capability(), torch.cpu._is_avx512_bf16_supported()
+        return "bfloat16" if capabilities[1] or torch.cpu._is_amx_tile_supported() else "float32"
+    return "float32"
+
+
+class FrozenPass:
+    """The frozen networks of one modality, ready to run on `device` with matrix products in `compute`.
+
+    Residual streams, norms and outputs stay float32 whatever `compute` is. The networks given are not changed.
+    """
+
+    def __init__(
+        self, networks: Sequence[Network], wanted: Sequence[Wanted], compute: str, device: torch.device | str
+    ) -> None:
+        self.device = torch.device(device)
+        self.compute = compute
+        self.wanted = tuple(wanted)
+        used = [network for network in networks if any(want.network == network.name for want in wanted)]
+        for network in used:
+            for want in self.wanted:
+                if want.network == network.name:
+                    _check_wanted(network, want)
+        self._shared = {network.name: _best_prefix(network, used[:i]) for i, network in enumerate(used)}
+        self.networks = {n.name: n.placed(self.device, getattr(torch, compute)) for n in used}
+        self.block_runs = 0  # blocks run so far, counted for the test that a shared prefix runs once
+
+    @property
+    def shared_blocks(self) -> dict[str, tuple[str, int]]:
+        """For each network that reuses another's leading blocks: (that network, how many blocks)."""
+        return {name: found for name, found in self._shared.items() if found is not None}
+
+    @torch.inference_mode()
+    def pictures(self, crops_BHWC: Tensor) -> list[Tensor]:
+        """uint8 crops -> one float32 tensor per wanted output: [B, T, D] (tokens, patches, layers) or [B, D]."""
+        crops_BHWC = crops_BHWC.to(self.device, non_blocking=True)
+        return self._run(lambda network: network.backbone.embed(normalise(network, crops_BHWC)), None)
+
+    @torch.inference_mode()
+    def texts(self, ids_BL: Tensor, mask_BL: Tensor) -> list[Tensor]:
+        """int ids and a bool mask (True: a real token) -> one float32 tensor per wanted output.
+
+        Token outputs are zero where the mask is False.
+        """
+        ids_BL, mask_BL = ids_BL.to(self.device), mask_BL.to(self.device)
+        return self._run(lambda network: network.backbone.embed(ids_BL, mask_BL), mask_BL)
+
+    def _run(self, embed: Callable[[Network], Tensor], mask_BL: Tensor | None) -> list[Tensor]:
+        kept: dict[tuple[str, int], Tensor] = {}
+        results: dict[Wanted, Tensor] = {}
+        for network in self.networks.values():
+            wanted = [w for w in self.wanted if w.network == network.name]
+            if isinstance(network.backbone, ResNet):
+                results.update(_run_convnet(network, embed, wanted))
+                continue
+            stops = {w.cut for w in wanted if w.what == "tokens"}
+            stops |= {shared[1] for shared in self._shared.values() if shared and shared[0] == network.name}
+            layers = any(w.what == "layers" for w in wanted)
+            shared = None if layers else self._shared[network.name]
+            start = shared[1] if shared else 0
+            tokens = kept[shared[0], start] if shared else embed(network).float()
+            last = network.depth if any(w.what != "tokens" for w in wanted) else max(stops)
+            hidden = []
+            for depth in range(start, last + 1):
+                if depth in stops:
+                    kept[network.name, depth] = tokens
+                if depth == last:
+                    break
+                tokens = network.backbone.run(tokens, depth, depth + 1, mask_BL).hidden[-1].float()
+                self.block_runs += 1
+                if layers:
+                    hidden.append(tokens)
+            for want in wanted:
+                if want.what == "tokens":
+                    at = kept.get((network.name, want.cut))
+                    results[want] = kept[shared[0], want.cut] if at is None and shared else at  # type: ignore[assignment]
+                else:
+                    results[want] = _target(network, want, tokens, hidden, mask_BL)
+        return [results[want].float() for want in self.wanted]
+
+
+def _target(network: Network, want: Wanted, tokens: Tensor, hidden: list[Tensor], mask_BL: Tensor | None) -> Tensor:
+    if want.what == "layers":
+        return targets.layers([h.float() for h in hidden], mask_BL, final_layer_norm=network.modality == "image")
+    final = network.backbone.finish(tokens).float()
+    if want.what == "cls":
+        return targets.cls(final)
+    patches = targets.patches(final, network.num_prefix) if network.modality == "image" else final
+    if mask_BL is not None:
+        patches = patches * mask_BL[..., None]
+        patches[:, 0] = 0  # the CLS token is not a word; positions are kept
+    return patches
+
+
+def _run_convnet(
+    network: Network, embed: Callable[[Network], Tensor], wanted: Sequence[Wanted]
+) -> dict[Wanted, Tensor]:
+    assert isinstance(network.backbone, ResNet)
+    features = embed(network)
+    outputs = {
+        "tokens": network.backbone.tokens,
+        "cls": network.backbone.cls,
+        "patches": network.backbone.patches,
+        "logits": network.backbone.logits,
+    }
+    return {want: outputs[want.what](features) for want in wanted}
+
+
+def _check_wanted(network: Network, want: Wanted) -> None:
+    convolutional = isinstance(network.backbone, ResNet)
+    if want.what == ("layers" if convolutional else "logits"):
+        raise UnsupportedNetwork(
+            f"target {want.what} of {network.name}, a {network.family} network",
+            "choose cls or patches; `layers` needs a Transformer, `logits` a classifier",
+        )
+    if want.what == "tokens" and not 0 <= want.cut <= network.depth:
+        raise UnsupportedNetwork(
+            f"cut {want.cut} of {network.name}, which has {network.depth} blocks",
+            f"choose --cut between 0 (patch embeddings) and {network.depth}",
+        )
+
+
+def _best_prefix(network: Network, earlier: Sequence[Network]) -> tuple[str, int] | None:
+    """The earlier network with the longest common prefix, and its length in blocks; None: nothing is shared."""
+    best: tuple[str, int] | None = None
+    for other in earlier:
+        if isinstance(network.backbone, ResNet) or isinstance(other.backbone, ResNet):
+            continue
+        length = shares_prefix(other, network)
+        if length >= 0 and (best is None or length > best[1]):
+            best = other.name, length
+    return best

@@ -1,0 +1,1 @@
+"""Well-known collections, and made-up ones, written as WebDataset tars."""

@@ -1,0 +1,87 @@
+"""Everything that can change one cached byte of a field, and the difference of two in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from emkum.errors import FingerprintMismatch
+from emkum.shards.layout import FORMAT, canonical_json
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """How a field is computed. None where a value does not apply to the field.
+
+    Data and view policy are not here: the segments hold them. Device, library versions and batch size are not
+    here either: they may change the last bits of an output, and are recorded beside the fingerprint.
+    """
+
+    kind: str
+    storage: str
+    row_shape: tuple[int, ...]
+    format: int = FORMAT
+    weights: str | None = None  # sha256 of the network's tensors
+    family: str | None = None
+    output: str | None = None  # what of the network is kept: "block 6", "final norm, CLS", ...
+    compute: str | None = None  # type of the matrix products: float32, bfloat16, float16
+    size: int | None = None  # pixels, side of the square crop
+    mean: tuple[float, ...] | None = None  # pixel normalisation, RGB in 0..1
+    std: tuple[float, ...] | None = None
+    decoder: str | None = None  # rule from file bytes to uint8 crop
+    tokenizer: str | None = None  # sha256 of tokenizer.json
+    max_tokens: int | None = None
+    statistics: str | None = None  # int8: sha256 of the channel mean and std
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.to_json())
+
+
+_WORDS = {
+    "weights": "weights with sha256",
+    "output": "output",
+    "compute": "compute type",
+    "size": "crop size",
+    "storage": "storage",
+    "max_tokens": "text positions",
+    "tokenizer": "tokenizer with sha256",
+    "statistics": "channel statistics with sha256",
+}
+
+
+def digest_of(fingerprint: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(fingerprint)).hexdigest()
+
+
+def differences(cached: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """One phrase per differing entry, both values shown, in the order of the dataclass."""
+    order = [field.name for field in dataclasses.fields(Fingerprint)]
+    keys = order + sorted((set(cached) | set(asked)) - set(order))
+    phrases = []
+    for key in keys:
+        a, b = cached.get(key), asked.get(key)
+        if a != b:
+            phrases.append(f"{_WORDS.get(key, key)} {_short(a)} in the cache, {_short(b)} asked for")
+    return phrases
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 and text.isalnum() else text
+
+
+def require_same(field: str, cached: dict[str, Any], asked: Fingerprint, cache: str) -> None:
+    """Raises FingerprintMismatch with the differences in words and the way out."""
+    found = differences(cached, asked.to_json())
+    if found:
+        raise FingerprintMismatch(
+            f"{cache} field {field} was computed differently: " + "; ".join(found),
+            "repeat the settings of the cache (`emkum cache info` shows them), give this network another name "
+            "with --name, or write to another folder with --cache",
+        )

@@ -1,0 +1,224 @@
+"""Names, shapes and types of everything on disk (docs/format.md, sections 2 to 5)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+FORMAT = 1
+DEFAULT_ROWS_PER_BLOCK = 1024
+TEXT_TILE = 16  # text positions in one inner chunk of a ragged field
+RECORDS = "_emkum"
+
+Space = Literal["image", "text"]
+Kind = Literal["tokens", "crops", "boxes", "pooled", "ids", "ragged", "text_pooled"]
+
+KIND_SPACE: dict[Kind, Space] = {
+    "tokens": "image",
+    "crops": "image",
+    "boxes": "image",
+    "pooled": "image",
+    "ids": "text",
+    "ragged": "text",
+    "text_pooled": "text",
+}
+SHARDED_KINDS = ("tokens", "crops", "ragged")
+_AXES: dict[Kind, tuple[str, ...]] = {
+    "tokens": ("token", "channel"),
+    "crops": ("y", "x", "rgb"),
+    "boxes": ("parameter",),
+    "pooled": ("channel",),
+    "ids": ("position",),
+    "ragged": ("position", "channel"),
+    "text_pooled": ("channel",),
+}
+STORAGES = ("float16", "float32", "int8")
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One Zarr array of a field. `row_shape` is what one row of one view holds; () for a scalar."""
+
+    name: str
+    dtype: str
+    row_shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    inner: tuple[int, ...] | None = None  # inner chunk of one row; None: the array is not sharded
+    per_row: bool = True  # False: mean and std, one object for the whole field
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.row_shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+    @property
+    def inner_bytes(self) -> int:
+        assert self.inner is not None
+        return int(np.prod(self.inner, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+    @property
+    def tiles(self) -> int:
+        """Inner chunks in one row (1 but for ragged text)."""
+        return 1 if self.inner is None else self.row_shape[0] // self.inner[0] if self.row_shape else 1
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """A field's shape and storage; with `rows_per_block` it fixes every byte offset."""
+
+    name: str
+    kind: Kind
+    storage: str
+    row_shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.kind == "ragged" and self.row_shape[0] % TEXT_TILE:
+            raise ValueError(f"text positions must be a multiple of {TEXT_TILE}, got {self.row_shape[0]}")
+        if self.kind == "ids" and self.row_shape[0] % TEXT_TILE:
+            raise ValueError(f"text positions must be a multiple of {TEXT_TILE}, got {self.row_shape[0]}")
+
+    @property
+    def space(self) -> Space:
+        return KIND_SPACE[self.kind]
+
+    @property
+    def has_views(self) -> bool:
+        return self.space == "image"
+
+    @property
+    def sharded(self) -> bool:
+        return self.kind in SHARDED_KINDS
+
+    @property
+    def has_length(self) -> bool:
+        return self.kind in ("ids", "ragged")
+
+    @property
+    def arrays(self) -> tuple[ArraySpec, ...]:
+        """`values` first, then the siblings."""
+        axes = _AXES[self.kind]
+        inner: tuple[int, ...] | None = None
+        if self.kind == "ragged":
+            inner = (TEXT_TILE, *self.row_shape[1:])
+        elif self.sharded:
+            inner = self.row_shape
+        found = [ArraySpec("values", self.storage, self.row_shape, axes, inner)]
+        if self.has_length:
+            found.append(ArraySpec("length", "int32", (), ()))
+        if self.storage == "int8":
+            channel = self.row_shape[-1:]
+            found.append(ArraySpec("scale", "float32", self.row_shape[:-1], axes[:-1]))
+            found.append(ArraySpec("mean", "float32", channel, ("channel",), per_row=False))
+            found.append(ArraySpec("std", "float32", channel, ("channel",), per_row=False))
+        return tuple(found)
+
+    def array(self, name: str) -> ArraySpec:
+        return next(array for array in self.arrays if array.name == name)
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes on disk of one full row of one view, checksums and index included, padding text included."""
+        total = 0
+        for array in self.arrays:
+            if array.per_row:
+                total += array.row_bytes + (array.tiles * (4 + 16) if array.inner else 0)
+        return total
+
+
+def field_from_record(record: dict[str, Any]) -> FieldSpec:
+    values = record["arrays"]["values"]
+    return FieldSpec(record["field"], record["kind"], values["dtype"], tuple(values["row_shape"]))
+
+
+def object_path(field: FieldSpec, array: ArraySpec, block: int, view: int) -> str:
+    """Path of one object, from the root of the cache."""
+    if not array.per_row:
+        return f"{field.name}/{array.name}/c.0"
+    indices = [block] + ([view] if field.has_views else []) + [0] * len(array.row_shape)
+    return f"{field.name}/{array.name}/c." + ".".join(map(str, indices))
+
+
+def field_record_path(field: str) -> str:
+    return f"{RECORDS}/fields/{field}.json"
+
+
+def receipt_path(field: str, block: int, view: int) -> str:
+    return f"{RECORDS}/receipts/{field}/{block:06d}-{view}.json"
+
+
+def segment_dir(number: int) -> str:
+    return f"{RECORDS}/segments/{number}"
+
+
+def model_dir(name: str) -> str:
+    return f"{RECORDS}/models/{name}"
+
+
+# --- Zarr metadata -------------------------------------------------------------------------------------
+
+
+def root_metadata(uuid: str, rows_per_block: int) -> dict[str, Any]:
+    return group_metadata({"emkum": {"format": FORMAT, "uuid": uuid, "rows_per_block": rows_per_block}})
+
+
+def group_metadata(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes or {}}
+
+
+def array_metadata(
+    field: FieldSpec, array: ArraySpec, num_blocks: int, num_views: int, rows_per_block: int
+) -> dict[str, Any]:
+    """The zarr.json of one array whose space has `num_blocks` blocks (section 5)."""
+    endian: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+    if np.dtype(array.dtype).itemsize == 1:
+        endian = {"name": "bytes"}
+    checked: list[dict[str, Any]] = [endian, {"name": "crc32c"}]
+    if not array.per_row:
+        shape: list[int] = list(array.row_shape)
+        chunk = list(array.row_shape)
+        names = list(array.axes)
+    else:
+        view_axis = field.has_views
+        shape = [num_blocks * rows_per_block, *([num_views] if view_axis else []), *array.row_shape]
+        chunk = [rows_per_block, *([1] if view_axis else []), *array.row_shape]
+        names = [f"{field.space}_row", *(["view"] if view_axis else []), *array.axes]
+    codecs: list[dict[str, Any]] = checked
+    if array.inner is not None:
+        codecs = [
+            {
+                "name": "sharding_indexed",
+                "configuration": {
+                    "chunk_shape": [1, *([1] if field.has_views else []), *array.inner],
+                    "codecs": checked,
+                    "index_codecs": [
+                        {"name": "bytes", "configuration": {"endian": "little"}},
+                        {"name": "crc32c"},
+                    ],
+                    "index_location": "end",
+                },
+            }
+        ]
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": shape,
+        "data_type": array.dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": "NaN" if array.dtype.startswith("float") else 0,
+        "codecs": codecs,
+        "dimension_names": names,
+        "attributes": {},
+    }
+
+
+def canonical_json(value: object) -> bytes:
+    """Sorted keys, no spaces, ASCII: the bytes that digests are taken of. Refuses NaN and Infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def pretty_json(value: object) -> bytes:
+    """Sorted keys, for people: what is written to files."""
+    return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")

@@ -1,0 +1,433 @@
+"""Read a cache: rows by number, committed ones only, from a snapshot taken at open."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+
+from emkum.errors import CorruptCache, IncompleteCache, MissingField, UsageError
+from emkum.shards.codec import decode_int8
+from emkum.shards.layout import RECORDS, TEXT_TILE, ArraySpec, FieldSpec, field_from_record, model_dir, object_path
+from emkum.shards.ledger import Receipt, read_field_record, read_receipts
+from emkum.shards.segments import CAPTIONS, SAMPLES, Segment, read_captions, read_samples, read_segments
+from emkum.shards.writer import ABSENT, read_root
+
+MAX_OPEN_SHARDS = 256
+_REPAIR = "run the extract command again after deleting the receipt, or restore the object from a copy of the cache"
+
+
+class Cache:
+    """A snapshot of one cache. Later commits are not seen; open again to see them."""
+
+    def __init__(
+        self, path: Path, uuid: str, rows_per_block: int, segments: Sequence[Segment], fields: dict[str, Field]
+    ) -> None:
+        self.path = path
+        self.uuid = uuid
+        self.rows_per_block = rows_per_block
+        self.segments = tuple(segments)
+        self.fields = fields
+        self._tables: dict[tuple[str, str], pa.Table] = {}
+
+    @classmethod
+    def open(cls, path: Path | str) -> Cache:
+        """Raises NotACache, NewerFormat, CorruptCache."""
+        root = Path(path)
+        uuid, rows_per_block = read_root(root)
+        segments = read_segments(root)
+        shards = _OpenShards(MAX_OPEN_SHARDS)
+        fields = {}
+        records = root / RECORDS / "fields"
+        for record_path in sorted(records.rglob("*.json")) if records.is_dir() else []:
+            field = Field(root, segments, rows_per_block, read_field_record(record_path), shards)
+            fields[field.name] = field
+        return cls(root, uuid, rows_per_block, segments, fields)
+
+    @property
+    def splits(self) -> list[str]:
+        return list(dict.fromkeys(segment.split for segment in self.segments))
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the frozen networks kept in the cache."""
+        folder = self.path / RECORDS / "models"
+        return sorted(p.parent.name for p in folder.glob("*/model.json")) if folder.is_dir() else []
+
+    def model_dir(self, name: str) -> Path:
+        folder = self.path / model_dir(name)
+        if not (folder / "model.json").is_file():
+            raise MissingField(
+                f"{self.path} keeps no network {name!r}; it has: {', '.join(self.models) or 'none'}",
+                "extract again with this network as --encoder or --text-encoder",
+            )
+        return folder
+
+    def field(self, name: str) -> Field:
+        """Raises MissingField listing what there is."""
+        if name not in self.fields:
+            raise MissingField(
+                f"{self.path} has no field {name}; it has: {', '.join(self.fields) or 'none'}",
+                "extract it with `emkum extract`, or choose another field",
+            )
+        return self.fields[name]
+
+    def samples(self, split: str) -> pa.Table:
+        """samples.parquet of all segments of the split, in row order."""
+        return self._table("samples", split)
+
+    def captions(self, split: str) -> pa.Table:
+        """captions.parquet of all segments of the split, in row order."""
+        return self._table("captions", split)
+
+    def _table(self, which: str, split: str) -> pa.Table:
+        if split not in self.splits:
+            raise UsageError(
+                f"{self.path} has no split {split!r}; it has: {', '.join(self.splits) or 'none'}",
+                f"add it with `emkum extract --split {split} --data ...`",
+            )
+        if (which, split) not in self._tables:
+            read, schema = (read_samples, SAMPLES) if which == "samples" else (read_captions, CAPTIONS)
+            parts = [read(self.path, segment) for segment in self.segments if segment.split == split]
+            self._tables[which, split] = pa.concat_tables(parts) if parts else schema.empty_table()
+        return self._tables[which, split]
+
+
+class Field:
+    """One field of a snapshot. Thread-safe; rows may come in any order and repeat."""
+
+    def __init__(
+        self,
+        root: Path,
+        segments: Sequence[Segment],
+        rows_per_block: int,
+        record: dict[str, Any],
+        shards: _OpenShards,
+    ) -> None:
+        self.record = record
+        self.spec: FieldSpec = field_from_record(record)
+        self.fingerprint: dict[str, Any] = record["fingerprint"]
+        self._root, self._rows_per_block, self._shards = root, rows_per_block, shards
+        self._segments = segments
+        self.receipts = read_receipts(root, self.spec.name)
+        for receipt in self.receipts.values():
+            if receipt.fingerprint_digest != record["fingerprint_digest"]:
+                raise CorruptCache(
+                    f"receipt of {self.name} block {receipt.block}-{receipt.view} belongs to fingerprint "
+                    f"{receipt.fingerprint_digest[:12]}..., the field has {record['fingerprint_digest'][:12]}...",
+                    "delete the receipt; the next extract redoes its block",
+                )
+        self._blocks: dict[tuple[str, int, int], np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def kind(self) -> str:
+        return self.spec.kind
+
+    @property
+    def space(self) -> str:
+        return self.spec.space
+
+    @property
+    def storage(self) -> str:
+        return self.spec.storage
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self.spec.row_shape
+
+    @property
+    def num_views(self) -> int:
+        """Views of which at least one block is committed; 1 for text fields."""
+        return max((view + 1 for _, view in self.receipts), default=0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all committed objects."""
+        return sum(o.bytes for receipt in self.receipts.values() for o in receipt.objects)
+
+    @cached_property
+    def mean(self) -> np.ndarray:
+        """float32 [channel], int8 fields only."""
+        return self._static("mean")
+
+    @cached_property
+    def std(self) -> np.ndarray:
+        """float32 [channel], int8 fields only."""
+        return self._static("std")
+
+    def rows(self, split: str, view: int = 0) -> np.ndarray:
+        """int64: the split's rows that are committed and not quarantined, ascending."""
+        found = []
+        for segment in self._segments:
+            if segment.split != split:
+                continue
+            for block in segment.span(self.spec.space).blocks(self._rows_per_block):
+                receipt = self.receipts.get((block, view))
+                if receipt is not None:
+                    rows = np.arange(receipt.first_row, receipt.first_row + receipt.rows, dtype=np.int64)
+                    bad = [q.row for q in receipt.quarantined]
+                    found.append(np.setdiff1d(rows, bad, assume_unique=True) if bad else rows)
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def missing(self, split: str, num_views: int | None = None) -> list[tuple[int, int]]:
+        """(block, view) of the split's blocks without a receipt.
+
+        Of each segment the views it was first extracted with are expected, and every view that one of its blocks
+        has; or `num_views`.
+        """
+        found = []
+        for segment in self._segments:
+            if segment.split != split or not self._covers(segment):
+                continue
+            blocks = segment.span(self.spec.space).blocks(self._rows_per_block)
+            if not self.spec.has_views:
+                expected = 1
+            else:
+                present = (view + 1 for block, view in self.receipts if block in blocks)
+                expected = num_views or max(segment.views.count, *present, 0)
+            found += [(b, v) for b in blocks for v in range(expected) if (b, v) not in self.receipts]
+        return found
+
+    def _covers(self, segment: Segment) -> bool:
+        """Boxes belong to one view policy; every other field to all segments."""
+        return self.kind != "boxes" or self.name == f"views/{segment.views.name}/boxes"
+
+    def read(self, rows: np.ndarray, view: int | np.ndarray = 0, out: np.ndarray | None = None) -> np.ndarray:
+        """Stored numbers [N, *row_shape]; ragged rows are zero past their length.
+
+        Raises IncompleteCache for a row that is not committed, CorruptCache for damage.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        views = np.broadcast_to(np.asarray(view, dtype=np.int64), rows.shape)
+        if out is None:
+            out = np.empty((len(rows), *self.row_shape), dtype=self.storage)
+        if not self.spec.sharded:
+            self._read_plain("values", rows, views, out)
+        elif self.kind == "ragged":
+            self._read_ragged(rows, views, out)
+        else:
+            self._read_tokens(rows, views, out)
+        return out
+
+    def read_scale(self, rows: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
+        """float32 [N, *row_shape[:-1]], int8 fields only."""
+        return self._read_sibling("scale", rows, view)
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """int32 [N]: valid positions of each row, text ids and ragged fields only."""
+        return self._read_sibling("length", rows, 0)
+
+    def values(self, rows: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
+        """float32 [N, *row_shape]: what was stored, decoded."""
+        stored = self.read(rows, view)
+        if self.storage != "int8":
+            return stored.astype(np.float32)
+        values = decode_int8(stored, self.read_scale(rows, view), self.mean, self.std)
+        if self.kind == "ragged":
+            past = np.arange(self.row_shape[0]) >= self.lengths(rows)[:, None]
+            values[past] = 0
+        return values
+
+    # --- one row's place -------------------------------------------------------------------------------
+
+    def _receipt(self, row: int, view: int) -> Receipt:
+        block = row // self._rows_per_block
+        receipt = self.receipts.get((block, view))
+        if receipt is None or not receipt.first_row <= row < receipt.first_row + receipt.rows:
+            raise IncompleteCache(
+                f"{self._root} field {self.name}: row {row} view {view} (block {block}) is not committed",
+                "run the extract command again to finish it",
+            )
+        return receipt
+
+    def _read_sibling(self, name: str, rows: np.ndarray, view: int | np.ndarray) -> np.ndarray:
+        rows = np.asarray(rows, dtype=np.int64)
+        array = self.spec.array(name)
+        out = np.empty((len(rows), *array.row_shape), dtype=array.dtype)
+        self._read_plain(name, rows, np.broadcast_to(np.asarray(view, np.int64), rows.shape), out)
+        return out
+
+    def _read_plain(self, name: str, rows: np.ndarray, views: np.ndarray, out: np.ndarray) -> None:
+        """Unsharded arrays: whole blocks are checked once and kept in RAM."""
+        places = np.stack([rows // self._rows_per_block, views], axis=1)
+        for place in np.unique(places, axis=0):
+            here = np.flatnonzero((places == place).all(axis=1))
+            receipt = self._receipt(int(rows[here].max()), int(place[1]))
+            bad = np.intersect1d(rows[here], [q.row for q in receipt.quarantined])
+            if len(bad):
+                self._refuse_quarantined(receipt, int(bad[0]))
+            out[here] = self._block(name, receipt)[rows[here] - receipt.first_row]
+
+    def _block(self, name: str, receipt: Receipt) -> np.ndarray:
+        key = (name, receipt.block, receipt.view)
+        if key not in self._blocks:
+            array = self.spec.array(name)
+            path = object_path(self.spec, array, receipt.block, receipt.view)
+            data = self._read_object(path, _expected_bytes(receipt, path))
+            shape = (self._rows_per_block, *array.row_shape)
+            with self._lock:
+                self._blocks[key] = _decode_chunk(data, array, shape, self._root / path)
+        return self._blocks[key]
+
+    def _static(self, name: str) -> np.ndarray:
+        stated = self.record["statistics"][name]
+        array = self.spec.array(name)
+        data = self._read_object(stated["path"], stated["bytes"])
+        return _decode_chunk(data, array, array.row_shape, self._root / stated["path"])
+
+    def _read_object(self, path: str, expected_bytes: int) -> bytes:
+        try:
+            data = (self._root / path).read_bytes()
+        except OSError as error:
+            raise CorruptCache(f"object {self._root / path} cannot be read: {error.strerror}", _REPAIR) from error
+        if len(data) != expected_bytes:
+            raise CorruptCache(
+                f"object {self._root / path} has {len(data)} bytes, its receipt says {expected_bytes}", _REPAIR
+            )
+        return data
+
+    def _refuse_quarantined(self, receipt: Receipt, row: int) -> None:
+        found = next(q for q in receipt.quarantined if q.row == row)
+        raise IncompleteCache(
+            f"{self._root} field {self.name}: row {row} ({found.tar}, {found.key}) is quarantined: {found.reason}",
+            "take rows from Field.rows()",
+        )
+
+    # --- sharded values: straight from the file --------------------------------------------------------
+
+    def _shard(self, row: int, view: int) -> _Shard:
+        receipt = self._receipt(row, view)
+        array = self.spec.array("values")
+        path = object_path(self.spec, array, receipt.block, view)
+        return self._shards.get(
+            self._root / path, _expected_bytes(receipt, path), (self._rows_per_block, array.tiles), array.inner_bytes
+        )
+
+    def _read_tokens(self, rows: np.ndarray, views: np.ndarray, out: np.ndarray) -> None:
+        flat = out.reshape(len(rows), -1) if out.flags.c_contiguous else None
+        for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
+            shard = self._shard(row, view)
+            local = row % self._rows_per_block
+            if shard.offsets[local, 0] == ABSENT:
+                self._refuse_quarantined(self._receipt(row, view), row)
+            if flat is not None:
+                shard.read_into(local, 0, flat[i])
+            else:
+                buffer = np.empty(self.row_shape, dtype=self.storage)
+                shard.read_into(local, 0, buffer)
+                out[i] = buffer
+
+    def _read_ragged(self, rows: np.ndarray, views: np.ndarray, out: np.ndarray) -> None:
+        out[...] = 0
+        lengths = self.lengths(rows)
+        for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
+            shard = self._shard(row, view)
+            local = row % self._rows_per_block
+            for tile in range(-(-int(lengths[i]) // TEXT_TILE)):
+                if shard.offsets[local, tile] == ABSENT:
+                    raise CorruptCache(f"{shard.path} lacks tile {tile} of row {row}, whose length is {lengths[i]}")
+                buffer = np.empty((TEXT_TILE, *self.row_shape[1:]), dtype=self.storage)
+                shard.read_into(local, tile, buffer)
+                out[i, tile * TEXT_TILE : (tile + 1) * TEXT_TILE] = buffer
+
+
+class _Shard:
+    """An open shard file: its index parsed and checked once, its chunks checked at their first read."""
+
+    def __init__(self, path: Path, expected_bytes: int, grid: tuple[int, int], chunk_bytes: int) -> None:
+        self.path = path
+        self._chunk_bytes = chunk_bytes
+        self._handle: int | None = None
+        try:
+            self._handle = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise CorruptCache(f"object {path} cannot be opened: {error.strerror}", _REPAIR) from error
+        size = os.fstat(self._handle).st_size
+        if size != expected_bytes:
+            raise CorruptCache(f"object {path} has {size} bytes, its receipt says {expected_bytes}", _REPAIR)
+        index_bytes = grid[0] * grid[1] * 16
+        data = os.pread(self._handle, index_bytes + 4, max(size - index_bytes - 4, 0))
+        if len(data) != index_bytes + 4 or google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+            raise CorruptCache(f"the index of {path} fails its checksum", _REPAIR)
+        index = np.frombuffer(data[:-4], dtype="<u8").reshape(*grid, 2)
+        present = index[..., 0] != ABSENT
+        end = index[..., 0] + index[..., 1]
+        if (index[present][:, 1] != chunk_bytes + 4).any() or (end[present] > size - index_bytes - 4).any():
+            raise CorruptCache(f"the index of {path} points outside its chunks", _REPAIR)
+        self.offsets = index[..., 0]
+        self._checked = np.zeros(grid, dtype=bool)
+
+    def read_into(self, row: int, tile: int, out: np.ndarray) -> None:
+        """Fills `out` (contiguous, one chunk) from the file."""
+        assert self._handle is not None
+        offset = int(self.offsets[row, tile])
+        view = out.data.cast("B")
+        if self._checked[row, tile]:
+            if os.preadv(self._handle, [view], offset) != self._chunk_bytes:
+                raise CorruptCache(f"{self.path} ended inside a chunk at {offset}", _REPAIR)
+            return
+        stated = bytearray(4)
+        if os.preadv(self._handle, [view, stated], offset) != self._chunk_bytes + 4:
+            raise CorruptCache(f"{self.path} ended inside a chunk at {offset}", _REPAIR)
+        if google_crc32c.value(out) != struct.unpack("<I", stated)[0]:
+            raise CorruptCache(
+                f"{self.path}: the chunk at byte {offset} (row {row} of the block) fails its checksum", _REPAIR
+            )
+        self._checked[row, tile] = True
+
+    def __del__(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+
+
+class _OpenShards:
+    """At most `limit` shard files open at a time, shared by the fields of a cache; safe across threads and forks."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._open: OrderedDict[Path, _Shard] = OrderedDict()
+
+    def get(self, path: Path, expected_bytes: int, grid: tuple[int, int], chunk_bytes: int) -> _Shard:
+        with self._lock:
+            shard = self._open.get(path)
+            if shard is not None:
+                self._open.move_to_end(path)
+                return shard
+            shard = _Shard(path, expected_bytes, grid, chunk_bytes)
+            self._open[path] = shard
+            if len(self._open) > self._limit:
+                self._open.popitem(last=False)  # closes when the last thread that reads from it lets go
+            return shard
+
+
+def _expected_bytes(receipt: Receipt, path: str) -> int:
+    for committed in receipt.objects:
+        if committed.path == path:
+            return committed.bytes
+    raise CorruptCache(f"the receipt of {receipt.field} block {receipt.block}-{receipt.view} does not list {path}")
+
+
+def _decode_chunk(data: bytes, array: ArraySpec, shape: tuple[int, ...], path: Path) -> np.ndarray:
+    if google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        raise CorruptCache(f"object {path} fails its checksum", _REPAIR)
+    dtype = np.dtype(array.dtype)
+    if len(data) - 4 != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+        raise CorruptCache(f"object {path} has {len(data)} bytes, its shape {shape} of {dtype} needs another number")
+    values = np.frombuffer(data[:-4], dtype=dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
+    values.flags.writeable = False
+    return values

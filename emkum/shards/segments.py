@@ -1,0 +1,310 @@
+"""What was extracted from what: the immutable segments of a cache (docs/format.md, section 3)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from emkum.errors import AnotherWriter, CorruptCache, IdentityMismatch, SourceChanged, UsageError
+from emkum.shards.durable import storage_errors, sync_dir, write_file
+from emkum.shards.layout import RECORDS, Space, canonical_json, pretty_json, segment_dir
+from emkum.shards.tars import SourceTar
+from emkum.shards.views import ViewPolicy
+
+SAMPLES = pa.schema(
+    [
+        ("key", pa.string()),
+        ("tar", pa.string()),
+        ("image_row", pa.int64()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("ext", pa.string()),
+        ("label", pa.string()),
+        ("label_name", pa.string()),
+    ]
+)
+CAPTIONS = pa.schema(
+    [
+        ("text_row", pa.int64()),
+        ("image_row", pa.int64()),
+        ("tar", pa.string()),
+        ("key", pa.string()),
+        ("caption", pa.string()),
+        ("source", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of one space: a segment's share. `first_row` lies on the grid of blocks."""
+
+    first_row: int
+    rows: int
+
+    @property
+    def end(self) -> int:
+        return self.first_row + self.rows
+
+    def blocks(self, rows_per_block: int) -> range:
+        first = self.first_row // rows_per_block
+        return range(first, first + -(-self.rows // rows_per_block))
+
+    def block_rows(self, block: int, rows_per_block: int) -> tuple[int, int]:
+        """(first row, number of rows that are not padding) of one of the segment's blocks."""
+        first = block * rows_per_block
+        return first, min(rows_per_block, self.end - first)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source tar as it was when its segment was made. `path` is a hint that may be stale."""
+
+    tar: str
+    bytes: int
+    sha256: str
+    samples: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    number: int
+    split: str
+    image: Span
+    text: Span
+    views: ViewPolicy
+    sources: tuple[Source, ...]
+    parquet: dict[str, str]
+    digest: str
+
+    def span(self, space: Space) -> Span:
+        return self.image if space == "image" else self.text
+
+
+def segment_digest(record: dict[str, Any]) -> str:
+    """The digest that a segment.json states, of its contents (docs/format.md, section 3)."""
+    content = {key: record[key] for key in ("split", "image", "text", "views", "parquet")}
+    content["sources"] = [[s["tar"], s["bytes"], s["sha256"], s["samples"]] for s in record["sources"]]
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def read_segments(root: Path) -> list[Segment]:
+    """All committed segments in order. Raises CorruptCache for a gap, a torn or an altered record."""
+    folder = root / RECORDS / "segments"
+    numbers = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    if numbers != list(range(len(numbers))):
+        raise CorruptCache(f"{folder} holds segments {numbers}; they must be 0, 1, 2, ... without gaps")
+    return [_read_segment(root, number) for number in numbers]
+
+
+def read_samples(root: Path, segment: Segment) -> pa.Table:
+    return _read_table(root, segment, "samples.parquet", SAMPLES)
+
+
+def read_captions(root: Path, segment: Segment) -> pa.Table:
+    return _read_table(root, segment, "captions.parquet", CAPTIONS)
+
+
+def new_sources(segments: Sequence[Segment], split: str, tars: Sequence[SourceTar]) -> list[SourceTar]:
+    """The tars that no segment holds yet.
+
+    Raises SourceChanged if a tar of a known name has other contents now, IdentityMismatch if the same tar
+    belongs to another split.
+    """
+    known = {source.tar: (segment, source) for segment in segments for source in segment.sources}
+    fresh = []
+    for tar in tars:
+        if tar.name not in known:
+            fresh.append(tar)
+            continue
+        segment, source = known[tar.name]
+        if source.sha256 != tar.sha256:
+            raise SourceChanged(
+                f"{tar.path} is not the {tar.name} that segment {segment.number} was extracted from: "
+                f"{source.bytes} bytes, sha256 {source.sha256[:12]}... then; "
+                f"{tar.bytes} bytes, sha256 {tar.sha256[:12]}... now",
+                "restore the old file, give the new one another name, or write to another folder with --cache",
+            )
+        if segment.split != split:
+            raise IdentityMismatch(
+                f"{tar.name} is in the cache as split {segment.split!r}; this run asks for split {split!r}",
+                f"use --split {segment.split}, or write to another folder with --cache",
+            )
+    return fresh
+
+
+def require_same_views(segments: Sequence[Segment], split: str, views: ViewPolicy) -> None:
+    """All segments of a split share one view policy. Raises IdentityMismatch showing both."""
+    for segment in segments:
+        if segment.split == split and segment.image.rows and segment.views.name != views.name:
+            raise IdentityMismatch(
+                f"split {split!r} was extracted with views {segment.views.name}; this run asks for {views.name}",
+                "repeat the cache's --crop, --flip, --jitter and --seed, or write to another folder with --cache",
+            )
+
+
+def append_segment(
+    root: Path,
+    segments: Sequence[Segment],
+    split: str,
+    views: ViewPolicy,
+    tars: Sequence[SourceTar],
+    rows_per_block: int,
+) -> Segment:
+    """Commits the samples of `tars` as the next segment; the folder appears whole, by one rename."""
+    require_same_views(segments, split, views)
+    check_split_name(split)
+    number = len(segments)
+    samples, captions, image, text = _tables(segments, tars, rows_per_block)
+    final = root / segment_dir(number)
+    temporary = final.parent / f".{number}.{uuid.uuid4().hex}.tmp"
+    parquet = {
+        "samples.parquet": write_file(temporary / "samples.parquet", _parquet_bytes(samples)),
+        "captions.parquet": write_file(temporary / "captions.parquet", _parquet_bytes(captions)),
+    }
+    sources = tuple(Source(t.name, t.bytes, t.sha256, len(t.samples), os.path.abspath(t.path)) for t in tars)
+    segment = Segment(number, split, image, text, views, sources, parquet, digest="")
+    segment = replace(segment, digest=segment_digest(_to_json(segment)))
+    write_file(temporary / "segment.json", pretty_json(_to_json(segment)))
+    try:
+        with storage_errors(final):
+            try:
+                os.rename(temporary, final)
+            except OSError as error:
+                if final.exists():
+                    raise AnotherWriter(
+                        f"another process added segment {number} to {root} meanwhile", "run the same command again"
+                    ) from error
+                raise
+            sync_dir(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return segment
+
+
+def check_split_name(split: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", split):
+        raise UsageError(f"split {split!r} is not a name: letters, digits, '_', '-' and '.' only", "use --split train")
+
+
+def _tables(
+    segments: Sequence[Segment], tars: Sequence[SourceTar], rows_per_block: int
+) -> tuple[pa.Table, pa.Table, Span, Span]:
+    first_image, first_text = (_next_row(segments, space, rows_per_block) for space in ("image", "text"))
+    samples: dict[str, list[Any]] = {name: [] for name in SAMPLES.names}
+    captions: dict[str, list[Any]] = {name: [] for name in CAPTIONS.names}
+    image_row, text_row = first_image, first_text
+    for tar in tars:
+        for sample in tar.samples:
+            picture = sample.picture
+            row = image_row if picture else None
+            image_row += picture is not None
+            line = (
+                sample.key,
+                tar.name,
+                row,
+                picture.offset if picture else None,
+                picture.size if picture else None,
+                picture.ext if picture else None,
+                sample.label,
+                sample.label_name,
+            )
+            for name, value in zip(SAMPLES.names, line, strict=True):
+                samples[name].append(value)
+            for caption in sample.captions:
+                text = (text_row, row, tar.name, sample.key, caption, sample.caption_source)
+                for name, value in zip(CAPTIONS.names, text, strict=True):
+                    captions[name].append(value)
+                text_row += 1
+    return (
+        pa.table(samples, schema=SAMPLES),
+        pa.table(captions, schema=CAPTIONS),
+        Span(first_image, image_row - first_image),
+        Span(first_text, text_row - first_text),
+    )
+
+
+def _next_row(segments: Sequence[Segment], space: Space, rows_per_block: int) -> int:
+    if not segments:
+        return 0
+    last = segments[-1].span(space)
+    return last.first_row + -(-last.rows // rows_per_block) * rows_per_block
+
+
+def _parquet_bytes(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()
+
+
+def _span_json(span: Span) -> dict[str, int]:
+    return {"first_row": span.first_row, "rows": span.rows}
+
+
+def _to_json(segment: Segment) -> dict[str, Any]:
+    return {
+        "segment": segment.number,
+        "split": segment.split,
+        "image": _span_json(segment.image),
+        "text": _span_json(segment.text),
+        "views": segment.views.to_json(),
+        "sources": [
+            {"tar": s.tar, "bytes": s.bytes, "sha256": s.sha256, "samples": s.samples, "path": s.path}
+            for s in segment.sources
+        ],
+        "parquet": segment.parquet,
+        "digest": segment.digest,
+    }
+
+
+def _read_segment(root: Path, number: int) -> Segment:
+    path = root / segment_dir(number) / "segment.json"
+    try:
+        record = json.loads(path.read_bytes())
+        segment = Segment(
+            record["segment"],
+            record["split"],
+            Span(**record["image"]),
+            Span(**record["text"]),
+            ViewPolicy.from_json(record["views"]),
+            tuple(Source(**source) for source in record["sources"]),
+            record["parquet"],
+            record["digest"],
+        )
+        expected = segment_digest(record)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptCache(f"{path} cannot be read: {error}", "run `emkum cache info` on a good copy") from error
+    if expected != segment.digest or segment.number != number:
+        raise CorruptCache(
+            f"{path} was altered: its contents have digest {expected[:12]}..., it states {segment.digest[:12]}...",
+            "restore it from a copy of the cache",
+        )
+    return segment
+
+
+def _read_table(root: Path, segment: Segment, name: str, schema: pa.Schema) -> pa.Table:
+    path = root / segment_dir(segment.number) / name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorruptCache(f"{path} cannot be read: {error}", "restore it from a copy of the cache") from error
+    if hashlib.sha256(data).hexdigest() != segment.parquet[name]:
+        raise CorruptCache(
+            f"{path} has {len(data)} bytes whose sha256 is not the one segment.json states",
+            "restore it from a copy of the cache",
+        )
+    return pq.read_table(io.BytesIO(data), schema=schema, page_checksum_verification=True)

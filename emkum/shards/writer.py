@@ -1,0 +1,343 @@
+"""Write a cache: create it, declare fields, and commit one block at a time, whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import struct
+import uuid as uuid_module
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from emkum.errors import CorruptCache, FingerprintMismatch, NewerFormat, NotACache
+from emkum.shards.codec import Encoded, Summary
+from emkum.shards.durable import DurableFile, sweep_temporaries, write_file
+from emkum.shards.fingerprint import Fingerprint, require_same
+from emkum.shards.layout import (
+    DEFAULT_ROWS_PER_BLOCK,
+    FORMAT,
+    ArraySpec,
+    FieldSpec,
+    array_metadata,
+    field_from_record,
+    field_record_path,
+    group_metadata,
+    object_path,
+    pretty_json,
+    root_metadata,
+)
+from emkum.shards.ledger import (
+    CommittedObject,
+    Quarantined,
+    Receipt,
+    read_field_record,
+    read_receipts,
+    with_digest,
+    write_receipt,
+)
+from emkum.shards.segments import Segment, Span, append_segment, read_segments
+from emkum.shards.tars import SourceTar
+from emkum.shards.views import ViewPolicy
+
+ABSENT = 2**64 - 1
+STALE_SECONDS = 24 * 3600.0
+
+
+def read_root(path: Path) -> tuple[str, int]:
+    """(uuid, rows per block) of the cache at `path`. Raises NotACache, NewerFormat, CorruptCache."""
+    meta = path / "zarr.json"
+    if not meta.is_file():
+        raise NotACache(
+            f"{path} holds no emkum cache (no zarr.json)",
+            "make one with `emkum extract`, or point --cache at the right folder",
+        )
+    try:
+        attributes = json.loads(meta.read_bytes())["attributes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptCache(f"{meta} cannot be read: {error}", "restore it from a copy of the cache") from error
+    if not isinstance(attributes, dict) or not isinstance(attributes.get("emkum"), dict):
+        raise NotACache(f"{path} is a Zarr group, but not an emkum cache", "point --cache at another folder")
+    ours = attributes["emkum"]
+    if not isinstance(ours.get("format"), int):
+        raise CorruptCache(f"{meta} states no format version", "restore it from a copy of the cache")
+    if ours["format"] > FORMAT:
+        raise NewerFormat(
+            f"{path} has cache format {ours['format']}; this emkum reads up to {FORMAT}",
+            "pip install --upgrade emkum",
+        )
+    try:
+        return str(ours["uuid"]), int(ours["rows_per_block"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCache(f"{meta} lacks {error}", "restore it from a copy of the cache") from error
+
+
+class CacheWriter:
+    """The only writer of a cache folder. Opens it, or creates it with `rows_per_block`."""
+
+    def __init__(self, path: Path | str, rows_per_block: int | None = None) -> None:
+        self.path = Path(path)
+        if not (self.path / "zarr.json").exists():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise NotACache(
+                    f"{self.path} is not empty and holds no emkum cache",
+                    "choose another folder with --cache; nothing in it was changed",
+                )
+            rows = rows_per_block or DEFAULT_ROWS_PER_BLOCK
+            write_file(self.path / "zarr.json", pretty_json(root_metadata(uuid_module.uuid4().hex, rows)))
+        self.uuid, self.rows_per_block = read_root(self.path)
+        sweep_temporaries(self.path, STALE_SECONDS)
+        self.segments = read_segments(self.path)
+
+    def append_segment(self, split: str, views: ViewPolicy, tars: Sequence[SourceTar]) -> Segment:
+        """Adds the samples of `tars`; rows exist from now on, their blocks are committed one by one."""
+        segment = append_segment(self.path, self.segments, split, views, tars, self.rows_per_block)
+        self.segments.append(segment)
+        return segment
+
+    def field_record(self, name: str) -> dict[str, Any] | None:
+        """The record of a field that exists, or None."""
+        path = self.path / field_record_path(name)
+        return read_field_record(path) if path.exists() else None
+
+    def declare_field(
+        self,
+        field: FieldSpec,
+        fingerprint: Fingerprint,
+        environment: dict[str, Any],
+        statistics: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
+        """Writes a field's record before its first byte, or checks it against the one that is there.
+
+        statistics: float32 channel mean and std, for int8 only.
+        Raises FingerprintMismatch with the differences in words; nothing is changed then.
+        """
+        record = self.field_record(field.name)
+        if record is not None:
+            require_same(field.name, record["fingerprint"], fingerprint, str(self.path))
+            if field_from_record(record) != field:
+                raise FingerprintMismatch(f"{self.path} field {field.name} has another shape or storage")
+            return
+        static = {}
+        if field.storage == "int8":
+            assert statistics is not None
+            for name, values in zip(("mean", "std"), statistics, strict=True):
+                array = field.array(name)
+                self._write_array_metadata(field, array, 0, 0)
+                static[name] = dataclasses.asdict(self._write_chunk(field, array, values, 0, 0))
+        record = {
+            "field": field.name,
+            "kind": field.kind,
+            "space": field.space,
+            "arrays": {a.name: {"dtype": a.dtype, "row_shape": list(a.row_shape)} for a in field.arrays if a.per_row},
+            "fingerprint": fingerprint.to_json(),
+            "fingerprint_digest": fingerprint.digest,
+            "statistics": static,
+            "environment": environment,
+        }
+        write_file(self.path / field_record_path(field.name), pretty_json(with_digest(record)))
+
+    def grow_field(self, field: FieldSpec, num_views: int) -> None:
+        """Writes or widens the Zarr metadata of a declared field so that it covers all segments."""
+        last = self.segments[-1].span(field.space)
+        num_blocks = last.blocks(self.rows_per_block).stop
+        record = self.field_record(field.name)
+        assert record is not None
+        folder = self.path
+        for part in field.name.split("/")[:-1]:
+            folder = folder / part
+            if not (folder / "zarr.json").exists():
+                write_file(folder / "zarr.json", pretty_json(group_metadata()))
+        attributes = {"emkum": {"field": field.name, "fingerprint_digest": record["fingerprint_digest"]}}
+        _write_if_other(self.path / field.name / "zarr.json", pretty_json(group_metadata(attributes)))
+        for array in field.arrays:
+            if array.per_row:
+                self._write_array_metadata(field, array, num_blocks, num_views)
+
+    def receipts(self, field: str) -> dict[tuple[int, int], Receipt]:
+        return read_receipts(self.path, field)
+
+    def block(self, field: FieldSpec, segment: Segment, block: int, view: int) -> BlockWriter:
+        """A writer of one block of one view, for the rows of `segment` in it."""
+        record = self.field_record(field.name)
+        assert record is not None, f"{field.name} was not declared"
+        return BlockWriter(self, field, segment, block, view, record["fingerprint_digest"])
+
+    def _write_array_metadata(self, field: FieldSpec, array: ArraySpec, num_blocks: int, num_views: int) -> None:
+        path = self.path / field.name / array.name / "zarr.json"
+        if array.per_row and path.exists():
+            shape = json.loads(path.read_bytes())["shape"]
+            num_blocks = max(num_blocks, shape[0] // self.rows_per_block)
+            if field.has_views:
+                num_views = max(num_views, shape[1])
+        metadata = array_metadata(field, array, num_blocks, num_views, self.rows_per_block)
+        _write_if_other(path, pretty_json(metadata))
+
+    def _write_chunk(
+        self, field: FieldSpec, array: ArraySpec, values: np.ndarray, block: int, view: int
+    ) -> CommittedObject:
+        """One unsharded object: the little-endian bytes and their crc32c."""
+        path = object_path(field, array, block, view)
+        data = np.ascontiguousarray(values, dtype=np.dtype(array.dtype).newbyteorder("<")).tobytes()
+        with DurableFile(self.path / path) as file:
+            file.write(data)
+            file.write(struct.pack("<I", google_crc32c.value(data)))
+            return CommittedObject(path, file.num_bytes, file.commit())
+
+
+class BlockWriter:
+    """One block of one view of one field: rows in order, then `commit`. Holds one batch in memory for token fields.
+
+    Every row of the segment in the block must come exactly once, through `append` or `quarantine`.
+    Leaving the context without `commit` leaves no trace.
+    """
+
+    def __init__(
+        self, cache: CacheWriter, field: FieldSpec, segment: Segment, block: int, view: int, fingerprint_digest: str
+    ) -> None:
+        self._cache, self._field, self._segment = cache, field, segment
+        self._block, self._view, self._fingerprint_digest = block, view, fingerprint_digest
+        span: Span = segment.span(field.space)
+        self._first_row, self._num_rows = span.block_rows(block, cache.rows_per_block)
+        self._row = 0  # rows seen so far
+        self._summary = Summary()
+        self._quarantined: list[Quarantined] = []
+        self._values = field.array("values")
+        self._plain = {
+            array.name: _filled((cache.rows_per_block, *array.row_shape), array.dtype)
+            for array in field.arrays
+            if array.per_row and array.inner is None
+        }
+        self._shard: DurableFile | None = None
+        if self._values.inner is not None:
+            path = cache.path / object_path(field, self._values, block, view)
+            self._shard = DurableFile(path)
+            self._index = np.full((cache.rows_per_block, self._values.tiles, 2), ABSENT, dtype="<u8")
+
+    def append(self, rows: Encoded) -> None:
+        """The next `len(rows.values)` rows."""
+        count = len(rows.values)
+        assert self._row + count <= self._num_rows, f"{self._field.name}: more rows than the block holds"
+        assert rows.values.shape[1:] == self._field.row_shape, (rows.values.shape, self._field.row_shape)
+        assert rows.values.dtype == np.dtype(self._field.storage), (rows.values.dtype, self._field.storage)
+        here = slice(self._row, self._row + count)
+        if rows.length is not None and "length" in self._plain:
+            self._plain["length"][here] = rows.length
+        if rows.scale is not None:
+            self._plain["scale"][here] = rows.scale
+            if rows.length is not None and rows.scale.ndim == 2:
+                self._plain["scale"][here][_past(rows.length, rows.scale.shape[1])] = np.nan
+        if self._shard is None:
+            values = rows.values
+            if rows.length is not None and self._field.has_length:
+                values = np.where(_past(rows.length, values.shape[1]), 0, values)
+            self._plain["values"][here] = values
+        else:
+            values = rows.values
+            if rows.length is not None:
+                values = np.where(_past(rows.length, values.shape[1])[..., None], values.dtype.type(0), values)
+            for i, row in enumerate(values):
+                length = None if rows.length is None else int(rows.length[i])
+                self._append_chunks(self._row + i, row, length)
+        self._row += count
+        self._summary = self._summary + rows.summary
+
+    def add_summary(self, summary: Summary) -> None:
+        """Adds the statistics of rows that were appended without theirs."""
+        self._summary = self._summary + summary
+
+    def quarantine(self, tar: str, key: str, reason: str) -> None:
+        """The next row is left out; readers never return it."""
+        assert self._row < self._num_rows
+        self._quarantined.append(Quarantined(self._first_row + self._row, tar, key, reason))
+        self._row += 1
+
+    def commit(self) -> Receipt:
+        """Makes the block's objects durable, then its receipt. The block exists once this returns."""
+        assert self._row == self._num_rows, f"{self._field.name}: {self._row} of {self._num_rows} rows were given"
+        objects = []
+        if self._shard is not None:
+            index = self._index.tobytes()
+            self._shard.write(index)
+            self._shard.write(struct.pack("<I", google_crc32c.value(index)))
+            path = object_path(self._field, self._values, self._block, self._view)
+            objects.append(CommittedObject(path, self._shard.num_bytes, self._shard.commit()))
+        for name, values in self._plain.items():
+            array = self._field.array(name)
+            objects.append(self._cache._write_chunk(self._field, array, values, self._block, self._view))
+        receipt = Receipt(
+            self._field.name,
+            self._block,
+            self._view,
+            self._segment.number,
+            self._first_row,
+            self._num_rows,
+            self._fingerprint_digest,
+            tuple(objects),
+            _statistics(self._summary),
+            _error(self._field, self._summary),
+            tuple(self._quarantined),
+        )
+        write_receipt(self._cache.path, receipt)
+        return receipt
+
+    def _append_chunks(self, row: int, values: np.ndarray, length: int | None) -> None:
+        assert self._shard is not None
+        data = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+        size = self._values.inner_bytes
+        tiles = self._values.tiles
+        if length is not None:
+            assert self._values.inner is not None
+            tiles = -(-length // self._values.inner[0])
+        for tile in range(tiles):
+            chunk = data[tile * size : (tile + 1) * size] if self._values.tiles > 1 else data
+            self._index[row, tile] = (self._shard.num_bytes, size + 4)
+            self._shard.write(chunk)
+            self._shard.write(struct.pack("<I", google_crc32c.value(chunk)))
+
+    def __enter__(self) -> BlockWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shard is not None:
+            self._shard.discard()
+
+
+def _filled(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return np.full(shape, np.nan if dtype.startswith("float") else 0, dtype=dtype)
+
+
+def _past(length: np.ndarray, positions: int) -> np.ndarray:
+    """bool [N, positions]: at or past each row's length."""
+    return np.arange(positions) >= length[:, None]
+
+
+def _statistics(summary: Summary) -> dict[str, float] | None:
+    if summary.count == 0:
+        return None
+    return {"min": summary.minimum, "max": summary.maximum, "mean": summary.total / summary.count}
+
+
+def _error(field: FieldSpec, summary: Summary) -> dict[str, float] | None:
+    if field.storage not in ("float16", "int8") or summary.count == 0:
+        return None
+    return {"relative_l2": summary.relative_l2, "max_abs": summary.max_abs_error}
+
+
+def _write_if_other(path: Path, data: bytes) -> None:
+    if not path.exists() or path.read_bytes() != data:
+        write_file(path, data)
+
+
+def check_cache_name(name: str) -> str:
+    """A network's name as part of a field name. Raises ValueError for what cannot be a folder name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError(f"{name!r} is not usable in field names")
+    return name

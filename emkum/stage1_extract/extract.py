@@ -1,0 +1,584 @@
+"""Teacher -> cache: decode, forward, quantise and write the missing blocks, all overlapping."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from emkum.errors import TooManyBadSamples
+from emkum.models.passes import FrozenPass
+from emkum.models.tokenizer import text_ids
+from emkum.shards.audit import readable_bytes
+from emkum.shards.codec import Encoded, Summary, encode, summarise
+from emkum.shards.segments import read_captions
+from emkum.shards.writer import BlockWriter
+from emkum.stage1_extract.encode import encode_batch
+from emkum.stage1_extract.pictures import Batch, PictureStream
+from emkum.stage1_extract.plan import ExtractConfig, Plan, Task, make_plan
+
+QUEUED_BATCHES = 8  # between the networks and the disk
+STATISTICS_ROWS = 512  # rows that int8's channel mean and std are taken from, evenly spread over the first segment
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExtractResult:
+    """What one run did. Rows count pictures (each view) and captions."""
+
+    rows: int
+    blocks: int
+    bytes: int
+    seconds: float
+    quarantined: int
+
+
+def extract(config: ExtractConfig, say: Say = print) -> ExtractResult:
+    """Fills the cache with every missing block of the asked fields; does nothing if there is none.
+
+    `say` receives one line a step. Raises the errors of emkum.errors; whatever was committed stays, and the same
+    call continues.
+    """
+    started = time.perf_counter()
+    plan = make_plan(config)
+    say(_contents_line(plan))
+    if not plan.tasks:
+        say(f"nothing to do: {config.cache} holds every block of {', '.join(plan.fields)}")
+        return ExtractResult(0, 0, 0, time.perf_counter() - started, 0)
+    _declare(plan)
+    for line in _bill(plan):
+        say(line)
+    bad = _Quarantine(plan)
+    text_tasks = [task for task in plan.tasks if _space(plan, task) == "text"]
+    image_tasks = [task for task in plan.tasks if _space(plan, task) == "image"]
+    committed_bytes = 0
+    with _Writing(plan) as writing, _Progress(plan) as progress:
+        for task in text_tasks:
+            _extract_captions(plan, task, writing, progress)
+        if image_tasks:
+            _extract_pictures(plan, image_tasks, writing, progress, bad)
+        committed_bytes = writing.finish()
+    seconds = time.perf_counter() - started
+    result = ExtractResult(plan.num_rows, len(plan.tasks), committed_bytes, seconds, bad.new)
+    for line in _conservation(plan, bad) + _summary(result):
+        say(line)
+    return result
+
+
+def default_threads() -> int:
+    return min(16, max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2))
+
+
+# --- the two loops -------------------------------------------------------------------------------------
+
+
+def _extract_pictures(
+    plan: Plan, tasks: Sequence[Task], writing: _Writing, progress: _Progress, bad: _Quarantine
+) -> None:
+    config = plan.config
+    statistics = _device_statistics(plan)
+    stream = PictureStream(
+        config.cache, tasks, plan.paths, config.size, config.batch_size, config.threads or default_threads()
+    )
+    try:
+        batches = iter(stream)
+        while True:
+            with progress.waiting("decode"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            bad.add(batch)
+            with progress.waiting("forward"):
+                encoded = _encode_pictures(plan, batch, statistics)
+            with progress.waiting("write"):
+                writing.put(batch, encoded)
+            progress.advance(len(batch.rows))
+    finally:
+        stream.close()
+
+
+def _encode_pictures(
+    plan: Plan, batch: Batch, statistics: dict[str, tuple[torch.Tensor, torch.Tensor]]
+) -> dict[str, Encoded]:
+    """Every field's rows for the good pictures of the batch."""
+    good = [row for row in batch.rows if row.crop is not None and row.box is not None]
+    if not good:
+        return {}
+    boxes = np.stack([row.box.as_row() for row in good if row.box is not None])
+    encoded = {}
+    outputs = {}
+    if plan.image_pass is not None:
+        crops = torch.from_numpy(np.stack([row.crop for row in good if row.crop is not None]))
+        outputs = dict(zip(plan.image_pass.wanted, plan.image_pass.pictures(crops), strict=True))
+    for name in batch.task.fields:
+        field = plan.fields[name]
+        if field.wanted is None:
+            encoded[name] = encode(boxes, "float32")
+        else:
+            names = [row.picture.name for row in good]
+            encoded[name] = encode_batch(outputs[field.wanted], name, field.spec.storage, names, statistics.get(name))
+    return encoded
+
+
+def _extract_captions(plan: Plan, task: Task, writing: _Writing, progress: _Progress) -> None:
+    config = plan.config
+    assert plan.tokenizer is not None
+    table = read_captions(config.cache, task.segment)
+    table = table.slice(task.first_row - task.segment.text.first_row, task.rows)
+    captions, keys = table["caption"].to_pylist(), table["key"].to_pylist()
+    statistics = _device_statistics(plan)
+    for first in range(0, task.rows, config.batch_size):
+        here = slice(first, first + config.batch_size)
+        with progress.waiting("forward"):
+            encoded = _encode_captions(plan, task, captions[here], keys[here], statistics)
+        with progress.waiting("write"):
+            writing.put_rows(task, encoded, last=here.stop >= task.rows)
+        progress.advance(len(captions[here]))
+
+
+def _encode_captions(
+    plan: Plan,
+    task: Task,
+    captions: Sequence[str],
+    keys: Sequence[str],
+    statistics: dict[str, tuple[torch.Tensor, torch.Tensor]],
+) -> dict[str, Encoded]:
+    assert plan.tokenizer is not None
+    ids, length = text_ids(plan.tokenizer, captions, plan.config.max_tokens)
+    encoded = {}
+    for name in task.fields:
+        field = plan.fields[name]
+        if field.wanted is None:
+            ids_zeroed = np.where(np.arange(ids.shape[1]) < length[:, None], ids, 0).astype(np.int32)
+            encoded[name] = Encoded(ids_zeroed, None, length, summarise(ids_zeroed.astype(np.float32)))
+    if plan.text_pass is not None:
+        longest = int(length.max())
+        mask = torch.from_numpy(np.arange(longest) < length[:, None])
+        outputs = dict(
+            zip(plan.text_pass.wanted, plan.text_pass.texts(torch.from_numpy(ids[:, :longest]), mask), strict=True)
+        )
+        for name in task.fields:
+            field = plan.fields[name]
+            if field.wanted is not None:
+                output = outputs[field.wanted]
+                if field.spec.kind == "ragged":
+                    padding = plan.config.max_tokens - longest
+                    output = torch.nn.functional.pad(output, (0, 0, 0, padding))
+                encoded[name] = encode_batch(output, name, field.spec.storage, keys, statistics.get(name), length)
+    return encoded
+
+
+# --- fields, and int8's channel statistics ---------------------------------------------------------------
+
+
+def _declare(plan: Plan) -> None:
+    """Writes the field records that are missing, and the arrays' metadata."""
+    measured = _measure_statistics(plan)
+    for name, field in plan.fields.items():
+        statistics = measured.get(name)
+        record = plan.writer.field_record(name)
+        fingerprint = field.fingerprint
+        if record is not None:
+            fingerprint = replace(fingerprint, statistics=record["fingerprint"].get("statistics"))
+        elif statistics is not None:
+            fingerprint = replace(fingerprint, statistics=_statistics_digest(statistics))
+        plan.writer.declare_field(field.spec, fingerprint, field.environment, statistics)
+        plan.writer.grow_field(field.spec, plan.config.views)
+
+
+def _statistics_digest(statistics: tuple[np.ndarray, np.ndarray]) -> str:
+    return hashlib.sha256(b"".join(s.astype("<f4").tobytes() for s in statistics)).hexdigest()
+
+
+def _measure_statistics(plan: Plan) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Channel mean and std of int8 fields that have none yet, from rows spread over the first segment."""
+    wanting = [
+        name
+        for name, field in plan.fields.items()
+        if field.spec.storage == "int8" and plan.writer.field_record(name) is None
+    ]
+    sums: dict[str, _Moments] = {name: _Moments() for name in wanting}
+    for task in _sampled(plan, wanting, "image"):
+        stream = PictureStream(
+            plan.config.cache, [task], plan.paths, plan.config.size, plan.config.batch_size, default_threads()
+        )
+        try:
+            for batch in stream:
+                crops = [row.crop for row in batch.rows if row.crop is not None]
+                if crops and plan.image_pass is not None:
+                    outputs = plan.image_pass.pictures(torch.from_numpy(np.stack(crops)))
+                    _add_moments(plan, plan.image_pass, outputs, sums, None)
+        finally:
+            stream.close()
+    for task in _sampled(plan, wanting, "text"):
+        assert plan.text_pass is not None
+        assert plan.tokenizer is not None
+        table = read_captions(plan.config.cache, task.segment)
+        captions = table["caption"].to_pylist()[task.first_row - task.segment.text.first_row :][: task.rows]
+        ids, length = text_ids(plan.tokenizer, captions, plan.config.max_tokens)
+        mask = torch.from_numpy(np.arange(ids.shape[1]) < length[:, None])
+        _add_moments(plan, plan.text_pass, plan.text_pass.texts(torch.from_numpy(ids), mask), sums, mask)
+    return {name: moments.mean_std() for name, moments in sums.items()}
+
+
+def _sampled(plan: Plan, wanting: Sequence[str], space: str) -> list[Task]:
+    """Small tasks of 16 rows, evenly spread, that together hold about STATISTICS_ROWS rows of the first segment."""
+    names = tuple(name for name in wanting if plan.fields[name].spec.space == space)
+    if not names:
+        return []
+    segment = plan.segments[0]
+    span = segment.image if space == "image" else segment.text
+    pieces = max(1, min(STATISTICS_ROWS, span.rows) // 16)
+    starts = np.linspace(0, max(span.rows - 16, 0), pieces).astype(int)
+    return [
+        Task(segment, 0, 0, names, span.first_row + int(start), min(16, span.rows - int(start)))
+        for start in dict.fromkeys(starts.tolist())
+    ]
+
+
+class _Moments:
+    """Running sums per channel, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: np.ndarray | float = 0.0
+        self.squares: np.ndarray | float = 0.0
+
+    def add(self, values_ND: torch.Tensor) -> None:
+        wide = values_ND.double()
+        self.count += len(wide)
+        self.total = self.total + wide.sum(dim=0).cpu().numpy()
+        self.squares = self.squares + (wide**2).sum(dim=0).cpu().numpy()
+
+    def mean_std(self) -> tuple[np.ndarray, np.ndarray]:
+        mean = np.asarray(self.total / max(self.count, 1))
+        std = np.sqrt(np.maximum(np.asarray(self.squares / max(self.count, 1)) - mean**2, 0))
+        return mean.astype(np.float32), np.where(std > 1e-6, std, 1.0).astype(np.float32)
+
+
+def _add_moments(
+    plan: Plan,
+    frozen: FrozenPass,
+    outputs: Sequence[torch.Tensor],
+    sums: dict[str, _Moments],
+    mask: torch.Tensor | None,
+) -> None:
+    by_want = dict(zip(frozen.wanted, outputs, strict=True))
+    for name, moments in sums.items():
+        wanted = plan.fields[name].wanted
+        if wanted in by_want:
+            values = by_want[wanted]
+            if mask is not None and values.ndim == 3:
+                values = values[mask.to(values.device)]
+            moments.add(values.reshape(-1, values.shape[-1]))
+
+
+def _device_statistics(plan: Plan) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The recorded mean and std of int8 fields, on the device that computes them."""
+    from emkum.shards.reader import Cache
+
+    names = [name for name, field in plan.fields.items() if field.spec.storage == "int8"]
+    if not names:
+        return {}
+    cache = Cache.open(plan.config.cache)
+    found = {}
+    for name in names:
+        frozen = plan.image_pass if plan.fields[name].spec.space == "image" else plan.text_pass
+        if frozen is not None:
+            field = cache.field(name)
+            found[name] = tuple(torch.from_numpy(np.array(x)).to(frozen.device) for x in (field.mean, field.std))
+    return found  # type: ignore[return-value]
+
+
+# --- writing, in a thread of its own ---------------------------------------------------------------------
+
+
+class _Writing:
+    """Appends batches to the blocks of their task and commits complete blocks, in one thread, in order."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(QUEUED_BATCHES)
+        self._failure: BaseException | None = None
+        self._open: dict[str, BlockWriter] = {}
+        self._task: Task | None = None
+        self._bytes = 0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="write", daemon=True)
+
+    def put(self, batch: Batch, encoded: dict[str, Encoded]) -> None:
+        """Hands a batch of pictures over; waits if the disk is behind. Raises what the thread failed with."""
+        self._put(lambda: self._append_pictures(batch, encoded))
+
+    def put_rows(self, task: Task, encoded: dict[str, Encoded], last: bool) -> None:
+        self._put(lambda: self._append_rows(task, encoded, last))
+
+    def finish(self) -> int:
+        """Waits until everything handed over is committed. Returns the bytes committed."""
+        self._put(lambda: None)
+        self._queue.put(None)
+        self._thread.join()
+        self._raise_failure()
+        return self._bytes
+
+    def _put(self, work: Callable[[], None]) -> None:
+        while True:
+            self._raise_failure()
+            try:
+                self._queue.put(work, timeout=0.5)
+                return
+            except queue.Full:
+                continue
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        while True:
+            work = self._queue.get()
+            if work is None:
+                return
+            if self._failure is not None or self._stopping:
+                continue
+            try:
+                work()
+            except BaseException as error:
+                self._failure = error
+
+    def _append_pictures(self, batch: Batch, encoded: dict[str, Encoded]) -> None:
+        writers = self._writers(batch.task)
+        for name, writer in writers.items():
+            good = 0  # rows of `encoded` already handed over
+            first = 0
+            for i, row in enumerate(batch.rows):
+                if row.crop is None:
+                    if i > first:
+                        writer.append(_slice(encoded[name], good, good + i - first))
+                        good += i - first
+                    writer.quarantine(row.picture.tar, row.picture.key, row.reason)
+                    first = i + 1
+            if len(batch.rows) > first:
+                writer.append(_slice(encoded[name], good, good + len(batch.rows) - first))
+            if name in encoded:
+                writer.add_summary(encoded[name].summary)
+        self._complete(batch.last)
+
+    def _append_rows(self, task: Task, encoded: dict[str, Encoded], last: bool) -> None:
+        for name, writer in self._writers(task).items():
+            writer.append(encoded[name])
+        self._complete(last)
+
+    def _writers(self, task: Task) -> dict[str, BlockWriter]:
+        if task != self._task:
+            assert not self._open
+            self._task = task
+            for name in task.fields:
+                spec = self._plan.fields[name].spec
+                self._open[name] = self._plan.writer.block(spec, task.segment, task.block, task.view)
+        return self._open
+
+    def _complete(self, last: bool) -> None:
+        if last:
+            for writer in self._open.values():
+                with writer:
+                    receipt = writer.commit()
+                self._bytes += sum(o.bytes for o in receipt.objects)
+            self._open = {}
+            self._task = None
+
+    def __enter__(self) -> _Writing:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping = True  # what is queued is dropped: its block is not complete
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+        for writer in self._open.values():
+            writer.__exit__(None, None, None)
+
+
+def _slice(rows: Encoded, start: int, stop: int) -> Encoded:
+    """Some of the rows, without the summary of them all."""
+    cut = slice(start, stop)
+    return dataclasses.replace(
+        rows,
+        values=rows.values[cut],
+        scale=None if rows.scale is None else rows.scale[cut],
+        length=None if rows.length is None else rows.length[cut],
+        summary=Summary(),
+    )
+
+
+# --- what people see --------------------------------------------------------------------------------------
+
+
+class _Quarantine:
+    """Counts the pictures left out, against the budget."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._config = plan.config
+        self._total = sum(segment.image.rows for segment in plan.segments)
+        boxes = next((name for name, field in plan.fields.items() if field.spec.kind == "boxes"), None)
+        receipts = plan.writer.receipts(boxes) if boxes else {}
+        self._rows = {(q.tar, q.key) for receipt in receipts.values() for q in receipt.quarantined}
+        self._before = len(self._rows)
+        self._examples: list[str] = []
+
+    @property
+    def total(self) -> int:
+        return len(self._rows)
+
+    @property
+    def new(self) -> int:
+        return len(self._rows) - self._before
+
+    def add(self, batch: Batch) -> None:
+        """Raises TooManyBadSamples once more than max_bad of all pictures are bad."""
+        bad = [row for row in batch.rows if row.crop is None]
+        if not bad:
+            return
+        self._examples += [f"{row.picture.name}: {row.reason}" for row in bad]
+        self._rows |= {(row.picture.tar, row.picture.key) for row in bad}
+        allowed = self._config.max_bad * self._total
+        if len(self._rows) > allowed:
+            raise TooManyBadSamples(
+                f"{len(self._rows)} of {self._total} pictures cannot be used, --max-bad {self._config.max_bad:g} "
+                f"allows {int(allowed)}; the first: " + "; ".join(self._examples[:3]),
+                f"look at these files, or allow more: --max-bad {len(self._rows) / self._total * 2:.2g}",
+            )
+
+
+class _Progress:
+    """One bar: rows a second, time left, and what the loop mostly waits for."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._bar = tqdm(total=plan.num_rows, unit="row", desc="extract", smoothing=0.05, mininterval=0.5)
+        self._seconds = {"decode": 0.0, "forward": 0.0, "write": 0.0}
+
+    def waiting(self, stage: str) -> _Stopwatch:
+        return _Stopwatch(self._seconds, stage)
+
+    def advance(self, rows: int) -> None:
+        total = sum(self._seconds.values()) or 1.0
+        slowest = max(self._seconds, key=lambda stage: self._seconds[stage])
+        share = self._seconds[slowest] / total
+        self._bar.set_postfix_str(f"waits for {slowest} {share:.0%}", refresh=False)
+        self._bar.update(rows)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+
+class _Stopwatch:
+    def __init__(self, seconds: dict[str, float], stage: str) -> None:
+        self._seconds, self._stage = seconds, stage
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._seconds[self._stage] += time.perf_counter() - self._started
+
+
+def _space(plan: Plan, task: Task) -> str:
+    return plan.fields[task.fields[0]].spec.space
+
+
+def _contents_line(plan: Plan) -> str:
+    pictures = sum(s.image.rows for s in plan.segments)
+    captions = sum(s.text.rows for s in plan.segments)
+    tars = sum(len(s.sources) for s in plan.segments)
+    notes = []
+    if plan.filtered:
+        notes.append(f"{plan.filtered} samples with neither picture nor caption left out")
+    if plan.duplicate_keys:
+        notes.append(f"{plan.duplicate_keys} keys appear in several tars (identity is tar and key)")
+    shared = plan.image_pass.shared_blocks if plan.image_pass else {}
+    notes += [f"{name} reuses the first {n} blocks of {other}" for name, (other, n) in shared.items()]
+    text = f"split {plan.config.split}: {pictures:,} pictures and {captions:,} captions in {tars} tars"
+    return "; ".join([text, *notes])
+
+
+def _bill(plan: Plan) -> list[str]:
+    """Rows, bytes and time before they are spent; the time is measured on one batch."""
+    lines = ["to extract:"]
+    for name, field in plan.fields.items():
+        rows = sum(task.rows for task in plan.tasks if name in task.fields)
+        if rows:
+            size = rows * field.spec.bytes_per_row
+            bound = "at most " if field.spec.kind == "ragged" else ""
+            lines.append(f"  {name}: {rows:,} rows, {bound}{readable_bytes(size)} as {field.spec.storage}")
+    seconds = _expected_seconds(plan)
+    time_text = f", about {_duration(seconds)} (measured on one batch)" if seconds is not None else ""
+    lines.append(f"  in all {plan.num_rows:,} rows, {readable_bytes(plan.num_bytes)}{time_text}")
+    return lines
+
+
+def _expected_seconds(plan: Plan) -> float | None:
+    batch = plan.config.batch_size
+    seconds, known = 0.0, False
+    if plan.image_pass is not None:
+        rows = sum(task.rows for task in plan.tasks if _space(plan, task) == "image")
+        if rows > 8 * batch:
+            crops = torch.zeros(batch, plan.config.size, plan.config.size, 3, dtype=torch.uint8)
+            started = time.perf_counter()
+            plan.image_pass.pictures(crops)
+            seconds += (time.perf_counter() - started) * rows / batch
+            known = True
+    if plan.text_pass is not None:
+        rows = sum(task.rows for task in plan.tasks if _space(plan, task) == "text")
+        if rows > 8 * batch:
+            ids = torch.zeros(batch, 16, dtype=torch.int64)
+            started = time.perf_counter()
+            plan.text_pass.texts(ids, torch.ones(batch, 16, dtype=torch.bool))
+            seconds += (time.perf_counter() - started) * rows / batch
+            known = True
+    return seconds if known else None
+
+
+def _conservation(plan: Plan, bad: _Quarantine) -> list[str]:
+    pictures = sum(s.image.rows for s in plan.segments)
+    if not any(field.spec.space == "image" for field in plan.fields.values()):
+        return []
+    seen = pictures + plan.filtered
+    return [
+        f"seen {seen:,} = {pictures - bad.total:,} ok + {bad.total} quarantined + {plan.filtered} filtered (pictures)"
+    ]
+
+
+def _summary(result: ExtractResult) -> list[str]:
+    rate = result.rows / result.seconds if result.seconds else 0.0
+    return [
+        f"committed {result.blocks} blocks, {readable_bytes(result.bytes)}, {result.rows:,} rows "
+        f"in {_duration(result.seconds)} ({rate:,.0f} rows/s)"
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

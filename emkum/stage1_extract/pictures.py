@@ -1,0 +1,134 @@
+"""The pictures of the missing blocks, in row order, decoded by threads ahead of the networks."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from emkum.errors import BadPicture, SourceChanged
+from emkum.shards.segments import Segment, read_samples
+from emkum.shards.views import Box, ViewPolicy, box_for, decode_view
+from emkum.stage1_extract.plan import Task
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Where one picture lies, and its identity."""
+
+    tar: str
+    key: str
+    offset: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.tar}/{self.key}"
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One picture of a batch: its crop, or why there is none."""
+
+    picture: Picture
+    crop: np.ndarray | None  # uint8 [size, size, 3]
+    box: Box | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive rows of one block. `last`: the block is complete with it."""
+
+    task: Task
+    rows: tuple[Decoded, ...]
+    last: bool
+
+
+class PictureStream:
+    """Iterates over the batches of `tasks`, decoding `window` pictures ahead in `threads` threads."""
+
+    def __init__(
+        self, cache: Path, tasks: Sequence[Task], paths: dict[str, str], size: int, batch_size: int, threads: int
+    ) -> None:
+        self._cache, self._tasks, self._paths = cache, tasks, paths
+        self._size, self._batch_size = size, batch_size
+        self._window = 4 * batch_size + threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._handles: dict[str, int] = {}
+        self._pictures: dict[int, list[Picture]] = {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        ahead: deque[Future[Decoded]] = deque()
+        coming = ((task, picture) for task in self._tasks for picture in self._of(task))
+
+        def submit() -> None:
+            for task, picture in coming:
+                ahead.append(self._pool.submit(self._decode, task.segment.views, task.view, picture))
+                if len(ahead) >= self._window:
+                    break
+
+        submit()
+        for task in self._tasks:
+            left = task.rows
+            while left:
+                count = min(self._batch_size, left)
+                rows = []
+                for _ in range(count):
+                    rows.append(ahead.popleft().result())
+                    submit()
+                left -= count
+                yield Batch(task, tuple(rows), last=left == 0)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+
+    def _of(self, task: Task) -> list[Picture]:
+        if task.segment.number not in self._pictures:
+            self._pictures = {task.segment.number: pictures_of(self._cache, task.segment)}
+        first = task.first_row - task.segment.image.first_row
+        return self._pictures[task.segment.number][first : first + task.rows]
+
+    def _decode(self, policy: ViewPolicy, view: int, picture: Picture) -> Decoded:
+        handle = self._handle(picture.tar)
+        data = os.pread(handle, picture.size, picture.offset)
+        if len(data) != picture.size:
+            raise SourceChanged(
+                f"{self._paths[picture.tar]} ends inside {picture.key}: {len(data)} of {picture.size} bytes",
+                "restore the tar, then run the same command again",
+            )
+        try:
+            crop, box = decode_view(
+                data,
+                self._size,
+                lambda width, height: box_for(policy, picture.tar, picture.key, view, width, height),
+            )
+        except BadPicture as error:
+            return Decoded(picture, None, None, error.what)
+        return Decoded(picture, crop, box)
+
+    def _handle(self, tar: str) -> int:
+        handle = self._handles.get(tar)
+        if handle is None:
+            handle = os.open(self._paths[tar], os.O_RDONLY)
+            other = self._handles.setdefault(tar, handle)
+            if other != handle:  # another thread was first
+                os.close(handle)
+            handle = other
+        return handle
+
+
+def pictures_of(cache: Path, segment: Segment) -> list[Picture]:
+    """The segment's pictures in row order."""
+    table = read_samples(cache, segment)
+    table = table.filter(table["image_row"].is_valid())
+    columns = (table[name].to_pylist() for name in ("tar", "key", "offset", "size"))
+    return [Picture(*line) for line in zip(*columns, strict=True)]

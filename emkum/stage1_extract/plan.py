@@ -1,0 +1,556 @@
+"""What an extraction will do, before it does it: networks, segments, fields, missing blocks, bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from dataclasses import fields as fields_of
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import emkum
+from emkum.errors import (
+    FingerprintMismatch,
+    MissingCaptions,
+    NoData,
+    SourceChanged,
+    StorageFailure,
+    UnsupportedNetwork,
+    UsageError,
+)
+from emkum.models.catalogue import load_network
+from emkum.models.network import Network, load_saved, save_network
+from emkum.models.passes import FrozenPass, Wanted, good_compute
+from emkum.shards.fingerprint import Fingerprint, require_same
+from emkum.shards.layout import STORAGES, TEXT_TILE, FieldSpec, Kind, model_dir
+from emkum.shards.segments import Segment, check_split_name, new_sources, read_segments, require_same_views
+from emkum.shards.tars import SourceTar, find_tars, scan_tars
+from emkum.shards.views import DECODER, Box, ViewPolicy
+from emkum.shards.writer import CacheWriter, check_cache_name
+from emkum.stage1_extract.scans import ScanMemory
+
+IMAGE_TARGETS = ("cls", "patches", "layers", "logits")
+TEXT_TARGETS = ("cls", "patches", "layers")
+DEFAULT_TEXT_ENCODER = "bert-base"
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """One `emkum extract`. None: the default the help text states."""
+
+    teacher: tuple[str, ...]
+    data: tuple[str, ...] = ("./data",)
+    cache: Path = Path("./shards")
+    split: str = "train"
+    encoder: str | None = None
+    cut: int = 0
+    text_encoder: str | None = None
+    targets: tuple[str, ...] = ()
+    name: str | None = None
+    size: int = 224
+    crop: tuple[float, float] | None = None
+    flip: bool = False
+    jitter: float = 0.0
+    seed: int = 0
+    views: int = 1
+    storage: str = "float16"
+    compute: str = "auto"
+    max_tokens: int = 64
+    batch_size: int = 32
+    threads: int | None = None
+    rows_per_block: int | None = None
+    max_bad: float = 0.001
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_split_name(self.split)
+        _require(bool(self.teacher), "no teacher was named", "for example --teacher dinov2-s; `--teacher FOLDER` works")
+        _require(self.storage in STORAGES, f"--storage {self.storage}", f"choose one of {', '.join(STORAGES)}")
+        computes = ("auto", "float32", "bfloat16", "float16")
+        _require(self.compute in computes, f"--compute {self.compute}", f"choose one of {', '.join(computes)}")
+        unknown = [t for t in self.targets if t not in IMAGE_TARGETS]
+        _require(not unknown, f"unknown target {', '.join(unknown)}", f"choose from {', '.join(IMAGE_TARGETS)}")
+        _require(0 <= self.max_bad <= 1, f"--max-bad {self.max_bad}", "give a fraction between 0 and 1")
+        _require(self.batch_size > 0, f"--batch-size {self.batch_size}", "give a positive number")
+        _require(self.views > 0, f"--views {self.views}", "give a positive number")
+        _require(0 < self.size <= 4096, f"--size {self.size}", "give the crop's side in pixels, 1 to 4096")
+        _require(self.cut >= 0, f"--cut {self.cut}", "0 keeps patch embeddings, k the tokens after block k")
+        _require(
+            self.max_tokens > 0 and self.max_tokens % TEXT_TILE == 0,
+            f"--max-tokens {self.max_tokens}",
+            f"give a multiple of {TEXT_TILE}",
+        )
+        rows = self.rows_per_block
+        _require(rows is None or (rows > 0 and rows % 16 == 0), f"--rows-per-block {rows}", "give a multiple of 16")
+        if self.crop is not None:
+            low, high = self.crop
+            _require(0 < low <= high <= 1, f"--crop {low}-{high}", "give area fractions, as 0.9-1.0 or 1.0")
+        if self.name is not None:
+            _require(len(self.teacher) == 1, "--name with several teachers", "name one teacher per command")
+            try:
+                check_cache_name(self.name)
+            except ValueError as error:
+                raise UsageError(str(error), "use letters, digits, '.', '_' and '-'") from None
+
+    @property
+    def policy(self) -> ViewPolicy:
+        """The split's view policy: random crops of 0.9 to 1 of the area for `train`, the centre square otherwise."""
+        crop = self.crop or ((0.9, 1.0) if self.split == "train" else (1.0, 1.0))
+        return ViewPolicy(crop=crop, flip=self.flip, jitter=self.jitter, seed=self.seed, count=self.views)
+
+
+@dataclass(frozen=True)
+class PlannedField:
+    """A field this run fills: where its rows come from and how they are stored."""
+
+    spec: FieldSpec
+    fingerprint: Fingerprint
+    wanted: Wanted | None  # None: boxes and token ids, which no network computes
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One block of one view, and the fields that still lack it."""
+
+    segment: Segment
+    block: int
+    view: int
+    fields: tuple[str, ...]
+    first_row: int
+    rows: int  # padding not counted
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: ExtractConfig
+    writer: CacheWriter
+    fields: dict[str, PlannedField]
+    image_pass: FrozenPass | None
+    text_pass: FrozenPass | None
+    tokenizer: bytes | None
+    tasks: tuple[Task, ...]
+    segments: tuple[Segment, ...]
+    paths: dict[str, str]  # tar name -> where it lies now
+    filtered: int  # samples with neither picture nor caption
+    duplicate_keys: int  # keys that appear in more than one tar
+
+    @property
+    def num_rows(self) -> int:
+        """Rows to compute, pictures (each view counts) and captions together."""
+        return sum(task.rows for task in self.tasks)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes the missing blocks will take at most (ragged text counted in full)."""
+        return sum(task.rows * self.fields[name].spec.bytes_per_row for task in self.tasks for name in task.fields)
+
+    def missing_fields(self, space: str) -> list[PlannedField]:
+        names = {name for task in self.tasks for name in task.fields}
+        return [field for name, field in self.fields.items() if name in names and field.spec.space == space]
+
+
+def make_plan(config: ExtractConfig) -> Plan:
+    """Scans the tars, loads the networks, opens or creates the cache, and lists the missing blocks.
+
+    New tars become a segment here; nothing else is written but field records and metadata.
+    """
+    paths = find_tars(config.data)
+    device = _device(config.device)
+    networks = _load_networks(config)
+    memory = ScanMemory(config.cache)
+    known, tars = _scan(paths, memory)
+    has_pictures, has_captions = _contents(config, known, tars)
+    networks = _complete(networks, config, has_pictures, has_captions)
+
+    writer = CacheWriter(config.cache, config.rows_per_block)
+    fresh = new_sources(writer.segments, config.split, tars)
+    if fresh:
+        require_same_views(writer.segments, config.split, config.policy)
+    fields, image_pass, text_pass = _fields(config, networks, device, writer, has_pictures, has_captions)
+    for field in fields.values():
+        _check_record(writer, field)
+    _keep_networks(config.cache, networks)
+    if fresh:
+        writer.append_segment(config.split, config.policy, fresh)
+    memory.remember(tars)
+    names = {tar.name for tar in tars} | {os.path.basename(path) for path in known}
+    segments = tuple(s for s in writer.segments if s.split == config.split and names & {x.tar for x in s.sources})
+    for segment in segments:
+        require_same_views([segment], config.split, config.policy)
+    where = {os.path.basename(path): path for path in paths}
+    _require_tars(segments, where)
+    tasks = _tasks(config, writer, fields, segments)
+    missing = {name for task in tasks for name in task.fields}
+    image_pass, text_pass = (_narrowed(p, fields, missing) for p in (image_pass, text_pass))
+    keys = [(t.name, s.key) for t in fresh for s in t.samples]
+    plan = Plan(
+        config,
+        writer,
+        fields,
+        image_pass,
+        text_pass,
+        networks.tokenizer.tokenizer if networks.tokenizer else None,
+        tasks,
+        segments,
+        where,
+        sum(tar.filtered for tar in tars),
+        len(keys) - len({key for _, key in keys}),
+    )
+    _require_room(plan)
+    return plan
+
+
+# --- networks ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Networks:
+    encoder: Network | None  # images
+    text_encoder: Network | None
+    teachers: tuple[Network, ...]
+
+    @property
+    def tokenizer(self) -> Network | None:
+        """The text network whose tokenizer makes the ids."""
+        if self.text_encoder is not None:
+            return self.text_encoder
+        return next((t for t in self.teachers if t.modality == "text"), None)
+
+    @property
+    def text_teachers(self) -> list[Network]:
+        return [t for t in self.teachers if t.modality == "text"]
+
+    @property
+    def image_teachers(self) -> list[Network]:
+        return [t for t in self.teachers if t.modality == "image"]
+
+
+def _load_networks(config: ExtractConfig) -> _Networks:
+    loaded: dict[str, Network] = {}
+
+    def load(source: str, name: str | None = None) -> Network:
+        if source not in loaded:
+            loaded[source] = load_network(source, name=name)
+        return loaded[source]
+
+    teachers = tuple(load(source, config.name) for source in config.teacher)
+    encoder = load(config.encoder) if config.encoder and config.encoder != "none" else None
+    if encoder is not None and encoder.modality != "image":
+        raise UsageError(
+            f"--encoder {config.encoder} is a {encoder.modality} network", "give it as --text-encoder instead"
+        )
+    text_encoder = None
+    if config.text_encoder and config.text_encoder != "none":
+        text_encoder = load(config.text_encoder)
+        if text_encoder.modality != "text":
+            raise UsageError(
+                f"--text-encoder {config.text_encoder} is an {text_encoder.modality} network",
+                "give a text network, for example bert-base or minilm",
+            )
+    return _Networks(encoder, text_encoder, teachers)
+
+
+def _complete(networks: _Networks, config: ExtractConfig, has_pictures: bool, has_captions: bool) -> _Networks:
+    """Fills in the encoders that were not named: the first teacher of the modality, or bert-base for captions."""
+    encoder, text_encoder = networks.encoder, networks.text_encoder
+    if has_pictures and encoder is None and networks.image_teachers and config.encoder != "none":
+        encoder = next((t for t in networks.image_teachers if t.depth), None)
+        if encoder is None:
+            raise UsageError(
+                f"teacher {networks.image_teachers[0].name} has no Transformer blocks that a student could start from",
+                "name the student's encoder, for example --encoder dinov2-s, or --encoder none to keep targets only",
+            )
+    if has_captions and text_encoder is None and config.text_encoder != "none":
+        if networks.text_teachers:
+            text_encoder = networks.text_teachers[0]
+        elif encoder is not None:
+            text_encoder = load_network(DEFAULT_TEXT_ENCODER)
+    if encoder is not None and config.cut > encoder.depth:
+        raise UsageError(
+            f"--cut {config.cut} of {encoder.name}, which has {encoder.depth} blocks",
+            f"choose a cut between 0 (patch embeddings) and {encoder.depth}",
+        )
+    if networks.image_teachers and not has_pictures:
+        raise NoData(
+            f"teacher {networks.image_teachers[0].name} reads pictures and the data has none",
+            "give tars with jpg, jpeg, png or webp members, or a text teacher",
+        )
+    if networks.text_teachers and not has_captions:
+        raise MissingCaptions(
+            f"teacher {networks.text_teachers[0].name} reads captions and the data has none",
+            "give tars with txt members, or json members with `captions` or `caption`",
+        )
+    return _Networks(encoder if has_pictures else None, text_encoder if has_captions else None, networks.teachers)
+
+
+def _keep_networks(cache: Path, networks: _Networks) -> None:
+    """Stores the frozen encoders in the cache, so that training needs nothing else."""
+    for network in (networks.encoder, networks.text_encoder):
+        if network is None:
+            continue
+        folder = Path(cache) / model_dir(network.name)
+        if (folder / "model.json").exists():
+            kept = load_saved(folder)
+            if kept.weights_sha256 != network.weights_sha256:
+                raise FingerprintMismatch(
+                    f"{cache} keeps a network {network.name} with weights {kept.weights_sha256[:12]}...; "
+                    f"this one has {network.weights_sha256[:12]}...",
+                    "give this network another name with --name, or write to another folder with --cache",
+                )
+        else:
+            save_network(network, folder)
+
+
+# --- fields --------------------------------------------------------------------------------------------
+
+
+def _fields(
+    config: ExtractConfig,
+    networks: _Networks,
+    device: torch.device,
+    writer: CacheWriter,
+    has_pictures: bool,
+    has_captions: bool,
+) -> tuple[dict[str, PlannedField], FrozenPass | None, FrozenPass | None]:
+    fields: dict[str, PlannedField] = {}
+    image_pass = text_pass = None
+    if has_pictures and (networks.encoder or networks.image_teachers):
+        policy = config.policy
+        boxes = FieldSpec(f"views/{policy.name}/boxes", "boxes", "float32", (len(fields_of(Box)),))
+        fields[boxes.name] = PlannedField(
+            boxes, Fingerprint("boxes", "float32", boxes.row_shape, decoder=DECODER), None, {}
+        )
+        wanted = _image_wanted(config, networks)
+        members = _unique([networks.encoder, *networks.image_teachers])
+        image_pass = FrozenPass(members, list(wanted), _compute(config, device, writer, wanted), device)
+        crop = torch.zeros(1, config.size, config.size, 3, dtype=torch.uint8)
+        outputs = image_pass.pictures(crop)
+        for (want, (name, kind)), output in zip(wanted.items(), outputs, strict=True):
+            network = image_pass.networks[want.network]
+            spec = FieldSpec(name, kind, config.storage, tuple(output.shape[1:]))
+            assert network.preprocessing is not None
+            fingerprint = Fingerprint(
+                **_common(spec, network, want, image_pass.compute),
+                size=config.size,
+                mean=network.preprocessing.mean,
+                std=network.preprocessing.std,
+                decoder=DECODER,
+            )
+            fields[name] = PlannedField(spec, fingerprint, want, _environment(network, device))
+    if has_captions and networks.tokenizer is not None and (networks.text_encoder or networks.text_teachers):
+        source = networks.tokenizer
+        if source.tokenizer is None:
+            raise UnsupportedNetwork(f"{source.name} comes without a tokenizer", "give a folder that has one")
+        tokenizer_digest = hashlib.sha256(source.tokenizer).hexdigest()
+        ids = FieldSpec(f"text/{source.name}/ids", "ids", "int32", (config.max_tokens,))
+        fields[ids.name] = PlannedField(
+            ids,
+            Fingerprint("ids", "int32", ids.row_shape, tokenizer=tokenizer_digest, max_tokens=config.max_tokens),
+            None,
+            _environment(source, device),
+        )
+        wanted = _text_wanted(config, networks)
+        if wanted:
+            text_pass = FrozenPass(
+                networks.text_teachers, list(wanted), _compute(config, device, writer, wanted), device
+            )
+            mask = torch.ones(1, config.max_tokens, dtype=torch.bool)
+            outputs = text_pass.texts(torch.zeros(1, config.max_tokens, dtype=torch.int64), mask)
+            for (want, (name, kind)), output in zip(wanted.items(), outputs, strict=True):
+                network = text_pass.networks[want.network]
+                if network.tokenizer != source.tokenizer:
+                    raise UsageError(
+                        f"teacher {network.name} and text encoder {source.name} have different tokenizers",
+                        "use a teacher and a --text-encoder with the same tokenizer, or --text-encoder none",
+                    )
+                spec = FieldSpec(name, kind, config.storage, tuple(output.shape[1:]))
+                fingerprint = Fingerprint(
+                    **_common(spec, network, want, text_pass.compute),
+                    tokenizer=tokenizer_digest,
+                    max_tokens=config.max_tokens,
+                )
+                fields[name] = PlannedField(spec, fingerprint, want, _environment(network, device))
+    return fields, image_pass, text_pass
+
+
+def _narrowed(whole: FrozenPass | None, fields: dict[str, PlannedField], missing: set[str]) -> FrozenPass | None:
+    """The pass without the outputs whose blocks are all committed; None if nothing is left."""
+    if whole is None:
+        return None
+    kept = [f.wanted for name, f in fields.items() if name in missing and f.wanted in whole.wanted]
+    return (
+        FrozenPass(list(whole.networks.values()), [w for w in kept if w], whole.compute, whole.device) if kept else None
+    )
+
+
+def _image_wanted(config: ExtractConfig, networks: _Networks) -> dict[Wanted, tuple[str, Kind]]:
+    wanted: dict[Wanted, tuple[str, Kind]] = {}
+    if networks.encoder is not None:
+        name = networks.encoder.name
+        wanted[Wanted(name, "tokens", config.cut)] = (f"image/{name}@{config.cut}/tokens", "tokens")
+    for teacher in networks.image_teachers:
+        for target in config.targets or ("cls", "patches"):
+            kind: Kind = "pooled" if target in ("cls", "logits") else "tokens"
+            wanted[Wanted(teacher.name, target)] = (f"teacher/{teacher.name}/image/{target}", kind)  # type: ignore[arg-type]
+    return wanted
+
+
+def _text_wanted(config: ExtractConfig, networks: _Networks) -> dict[Wanted, tuple[str, Kind]]:
+    wanted: dict[Wanted, tuple[str, Kind]] = {}
+    for teacher in networks.text_teachers:
+        for target in [t for t in config.targets or ("layers",) if t in TEXT_TARGETS]:
+            kind: Kind = "text_pooled" if target == "cls" else "ragged"
+            wanted[Wanted(teacher.name, target)] = (f"teacher/{teacher.name}/text/{target}", kind)  # type: ignore[arg-type]
+    return wanted
+
+
+def _common(spec: FieldSpec, network: Network, want: Wanted, compute: str) -> dict[str, Any]:
+    outputs = {
+        "tokens": f"tokens after block {want.cut}" if want.cut else "patch embeddings, positions, CLS",
+        "cls": "CLS after the final norm",
+        "patches": "patch tokens after the final norm",
+        "layers": "mean over all blocks of instance-normalised outputs"
+        + (", layer norm" if network.modality == "image" else ""),
+        "logits": "classifier logits",
+    }
+    return {
+        "kind": spec.kind,
+        "storage": spec.storage,
+        "row_shape": spec.row_shape,
+        "weights": network.weights_sha256,
+        "family": network.family,
+        "output": outputs[want.what],
+        "compute": compute,
+    }
+
+
+def _environment(network: Network, device: torch.device) -> dict[str, Any]:
+    return {
+        "emkum": emkum.__version__,
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "source": network.source,
+        "revision": network.revision,
+        "licence": network.licence,
+        "supervision": network.supervision,
+    }
+
+
+def _compute(config: ExtractConfig, device: torch.device, writer: CacheWriter, wanted: dict[Wanted, Any]) -> str:
+    """The type of matrix products: as asked; else as the cache's fields have it; else what the device is good at."""
+    if config.compute != "auto":
+        return config.compute
+    for name, _ in wanted.values():
+        record = writer.field_record(name)
+        if record is not None and record["fingerprint"].get("compute"):
+            return str(record["fingerprint"]["compute"])
+    return good_compute(device)
+
+
+def _check_record(writer: CacheWriter, field: PlannedField) -> None:
+    """Refuses a field that the cache holds with another fingerprint, before anything is changed."""
+    record = writer.field_record(field.spec.name)
+    if record is not None:
+        cached = record["fingerprint"]
+        asked = replace(field.fingerprint, statistics=cached.get("statistics"))
+        require_same(field.spec.name, cached, asked, str(writer.path))
+
+
+# --- data ----------------------------------------------------------------------------------------------
+
+
+def _scan(paths: Sequence[str], memory: ScanMemory) -> tuple[list[str], list[SourceTar]]:
+    """(paths of tars that are unchanged since a committed scan, scans of the others)."""
+    known = [path for path in paths if memory.unchanged(path)]
+    return known, scan_tars([path for path in paths if path not in set(known)])
+
+
+def _contents(config: ExtractConfig, known: Sequence[str], tars: Sequence[SourceTar]) -> tuple[bool, bool]:
+    pictures = any(sample.picture for tar in tars for sample in tar.samples)
+    captions = any(sample.captions for tar in tars for sample in tar.samples)
+    if known:
+        names = {os.path.basename(path) for path in known}
+        for segment in read_segments(Path(config.cache)):
+            if names & {source.tar for source in segment.sources}:
+                pictures |= segment.image.rows > 0
+                captions |= segment.text.rows > 0
+    if not pictures and not captions:
+        raise NoData(
+            f"the tars in {', '.join(config.data)} hold neither pictures nor captions",
+            "emkum reads jpg, jpeg, png, webp, txt and json members; see docs/data.md",
+        )
+    return pictures, captions
+
+
+def _require_tars(segments: Sequence[Segment], where: dict[str, str]) -> None:
+    """Fills `where` with the remembered places of tars that were not named, and checks that all are there."""
+    for segment in segments:
+        for source in segment.sources:
+            path = where.setdefault(source.tar, source.path)
+            if not os.path.exists(path) or os.path.getsize(path) != source.bytes:
+                raise SourceChanged(
+                    f"{source.tar}, part of segment {segment.number}, is not at {path} with {source.bytes} bytes",
+                    "name it in --data, or restore it",
+                )
+
+
+def _tasks(
+    config: ExtractConfig, writer: CacheWriter, fields: dict[str, PlannedField], segments: Sequence[Segment]
+) -> tuple[Task, ...]:
+    receipts = {name: writer.receipts(name) for name in fields}
+    tasks = []
+    for space, num_views in (("text", 1), ("image", config.views)):
+        names = [name for name, field in fields.items() if field.spec.space == space]
+        for segment in segments if names else ():
+            span = segment.text if space == "text" else segment.image
+            for block in span.blocks(writer.rows_per_block):
+                for view in range(num_views):
+                    lacking = tuple(name for name in names if (block, view) not in receipts[name])
+                    if lacking:
+                        first, rows = span.block_rows(block, writer.rows_per_block)
+                        tasks.append(Task(segment, block, view, lacking, first, rows))
+    return tuple(tasks)
+
+
+def _require_room(plan: Plan) -> None:
+    free = shutil.disk_usage(plan.config.cache).free
+    if plan.num_bytes > free:
+        raise StorageFailure(
+            f"the missing blocks need {plan.num_bytes:,} bytes in {plan.config.cache}, {free:,} are free",
+            f"free {plan.num_bytes - free:,} bytes more, use --storage int8, or fewer --targets; nothing was extracted",
+        )
+
+
+def _unique(networks: Sequence[Network | None]) -> list[Network]:
+    found: dict[str, Network] = {}
+    for network in networks:
+        if network is None:
+            continue
+        other = found.setdefault(network.name, network)
+        if other.weights_sha256 != network.weights_sha256:
+            raise UsageError(
+                f"two networks are called {network.name} and have different weights", "name one of them with --name"
+            )
+    return list(found.values())
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used here: {error}".splitlines()[0], "use --device cpu") from None
+    return device
+
+
+def _require(good: bool, what: str, way_out: str) -> None:
+    if not good:
+        raise UsageError(what, way_out)

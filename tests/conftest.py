@@ -1,0 +1,18 @@
+"""Fixtures shared by all tests: where real data lies, and quiet threads on small machines."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(os.environ.get("EMKUM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and weights; tests that need it are marked `real`."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"real data not found at {SHARED}; set EMKUM_SHARED to the folder that holds data/ and weights/")
+    return SHARED
