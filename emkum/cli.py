@@ -26,7 +26,7 @@ app = typer.Typer(
 cache_app = typer.Typer(help="Look at a cache.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
 
-MANY = ("--data", "--teacher", "--set")  # options that take every word up to the next option
+MANY = ("--data", "--teacher", "--set", "--images", "--texts")  # options that take every word up to the next option
 
 CacheOption = Annotated[Path, typer.Option("--cache", help="Folder of the cache.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, everything else to stderr.")]
@@ -72,8 +72,8 @@ def extract(
         Optional[str],  # noqa: UP045
         typer.Option(
             help="What to keep of the teacher, comma-separated: cls (one vector a picture), patches (one a patch), "
-            "layers (mean of all layers, normalised, one a token), logits. Default: cls,patches for picture "
-            "teachers, layers for text teachers."
+            "layers (mean of all layers, normalised, one a token), logits. Default: cls,patches (ResNets: "
+            "cls,logits) for picture teachers, layers for text teachers."
         ),
     ] = None,
     name: Annotated[
@@ -127,8 +127,8 @@ def extract(
 
         emkum extract --teacher dinov2-s --data ./data --split train
     """
-    from emkum.stage1_extract.extract import ExtractConfig
     from emkum.stage1_extract.extract import extract as run
+    from emkum.stage1_extract.plan import ExtractConfig
 
     run(
         ExtractConfig(
@@ -160,6 +160,205 @@ def extract(
     )
 
 
+@app.command()
+def train(
+    cache: CacheOption = Path("./shards"),
+    recipe: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="What to train: ssmke (pictures and captions meet each other and the teacher), itc-only (each other "
+            "alone), cls-mse (both regress the teacher's vector), image-kd (a smaller picture network), text-kd (a "
+            "smaller text network), or a TOML file. Default: what the cache's fields allow."
+        ),
+    ] = None,
+    set_: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", help="Change a value of the recipe: --set training.epochs=3 optimiser.lr=1e-4"),
+    ] = None,
+    run_dir: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of the run. Default: runs/<recipe>, or runs/<recipe>-2 and so on."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --run-dir, exactly where it stopped.")
+    ] = False,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Seed of new weights, of the order and of drawn captions. Default: 0."),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="float32, bfloat16; auto takes bfloat16 where the device is good at it.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu. Default: cuda if there is one.")] = "auto",
+    live: Annotated[
+        bool,
+        typer.Option(
+            "--live",
+            help="Run encoder and teacher in every step instead of reading what they said: the slow path, to compare "
+            "with. Needs the source tars and the teacher's weights.",
+        ),
+    ] = False,
+    data: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Where the source tars lie now, for --live. Default: where they were extracted from."),
+    ] = None,
+    max_steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Train for so many steps instead of the recipe's epochs."),
+    ] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Train on the rows that are there though blocks are missing.")
+    ] = False,
+    threads: Annotated[int, typer.Option(help="Threads that read batches ahead.")] = 2,
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Less memory for about a third more time.")
+    ] = False,
+) -> None:
+    """Train a student from a cache alone. Example: emkum train --cache ./shards --recipe ssmke"""
+    from emkum.stage2_train.train import TrainConfig
+    from emkum.stage2_train.train import train as run
+
+    run(
+        TrainConfig(
+            cache=cache,
+            recipe=recipe,
+            overrides=tuple(set_ or ()),
+            run_dir=run_dir,
+            resume=resume,
+            seed=seed,
+            precision=precision,  # type: ignore[arg-type]  # checked by TrainConfig
+            device=device,
+            live=live,
+            data=tuple(data or ()),
+            max_steps=max_steps,
+            allow_partial=allow_partial,
+            threads=threads,
+            activation_checkpointing=activation_checkpointing,
+        ),
+        say=_say,
+    )
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that `emkum train` made.")],
+    cache: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of the cache. Default: the one the run was trained on."),
+    ] = None,
+    split: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Measure on this split of the cache. Default: val, if no other data is named."),
+    ] = None,
+    data: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Measure picture-caption retrieval on these tars, from the files on."),
+    ] = None,
+    images: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Measure picture retrieval by label: one .npz with train_x, train_y, test_x, test_y or alike, or two "
+            "labelled tars, the bank first."
+        ),
+    ] = None,
+    texts: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="Measure text-pair retrieval on a QQP or MRPC file."),
+    ] = None,
+    size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Side of the pictures of --images, in pixels. Default: the cache's crop size."),
+    ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option("--baselines", help="Measure the teacher and the student before training beside the student."),
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 256,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu. Default: cuda if there is one.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a trained student. Example: emkum evaluate runs/ssmke --cache ./shards --split val
+
+    Without other data: picture-caption retrieval (R@1, R@5, R@10, both ways; any caption of the picture counts) on a
+    split of the cache; for picture or text students their distance from the teacher. Results are added to
+    evaluation.json in the run's folder.
+    """
+    from emkum.shards.reader import Cache
+    from emkum.stage2_train.evaluate.pictures import read_labelled
+    from emkum.stage2_train.evaluate.run import (
+        Settings,
+        evaluate_cache,
+        evaluate_pictures,
+        evaluate_tars,
+        evaluate_texts,
+        merge_results,
+        table,
+        write_results,
+    )
+    from emkum.stage2_train.evaluate.texts import read_text_pairs
+    from emkum.stage2_train.run_folder import load_run
+
+    loaded = load_run(run)
+    opened = Cache.open(cache if cache is not None else loaded.cache_path)
+    settings = Settings(device=device, batch_size=batch_size, baselines=baselines)
+    results = []
+    if split is not None or not (data or images or texts):
+        results.append(evaluate_cache(loaded, opened, split or "val", settings))
+    if data:
+        results.append(evaluate_tars(loaded, data, opened, settings))
+    if images:
+        bank, queries = _bank_and_queries(images)
+        results.append(evaluate_pictures(loaded, read_labelled(bank, queries), size, opened, settings))
+    results += [evaluate_texts(loaded, read_text_pairs(path), opened, settings) for path in texts or ()]
+    merged = merge_results(*results)
+    written = write_results(run, merged)
+    if as_json:
+        print(json.dumps(merged, allow_nan=False))
+    else:
+        print(table(merged))
+    _say(f"written to {written}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where to put data, cache, run and report.")] = Path("./demo"),
+    teacher: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Another teacher: a name, a Hugging Face id, or a folder. Default: dinov2-s-imgfocus."),
+    ] = None,
+    text_encoder: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Another text encoder. Default: minilm."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu. Default: cuda if there is one.")] = "auto",
+) -> None:
+    """All of it on generated data: draw scenes with captions, extract, train, evaluate, and write a page about it."""
+    from emkum.demo import DemoConfig, run_demo
+
+    chosen = {"teacher": teacher, "text_encoder": text_encoder}
+    config = DemoConfig(folder=folder, device=device, **{k: v for k, v in chosen.items() if v is not None})
+    report = run_demo(config, say=_say)
+    print(report)
+
+
+@app.command()
+def teachers(as_json: JsonOption = False) -> None:
+    """List the networks known by name, with what they learned from and their licence."""
+    import dataclasses
+
+    from emkum.models.catalogue import CATALOGUE
+
+    entries = list(CATALOGUE.values())
+    if as_json:
+        print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1))
+        return
+    rows = [("name", "reads", "supervision", "licence", "source")]
+    rows += [(e.name, e.modality, e.supervision, e.licence, e.source) for e in entries]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
 @cache_app.command("info")
 def cache_info(
     cache: Annotated[Path, typer.Argument(help="Folder of the cache.")] = Path("./shards"),
@@ -171,6 +370,12 @@ def cache_info(
 
     description = describe(Cache.open(cache))
     print(json.dumps(description, indent=1) if as_json else table(description))
+
+
+def _bank_and_queries(images: list[str]) -> tuple[str, str | None]:
+    if len(images) > 2:
+        raise UsageError(f"--images names {len(images)} files", "give one .npz, or a bank tar and a query tar")
+    return images[0], images[1] if len(images) == 2 else None
 
 
 def _crop(text: str | None) -> tuple[float, float] | None:

@@ -283,8 +283,10 @@ def test_the_quick_header_parser_agrees_with_tarfile(
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_a_tar_cut_at_any_byte_is_noticed(tmp_path: Path, tar_format: int) -> None:
-    long = [(f"{'n' * 120}{key}", data) for key, data in PAIRS] if tar_format != tarfile.USTAR_FORMAT else []
-    content = tar_bytes([*PAIRS, *long, ("z.jpg", b"x" * 1300)], tar_format)
+    members = (
+        PAIRS if tar_format == tarfile.USTAR_FORMAT else [(f"{'n' * 120}{name}", data) for name, data in PAIRS[1:3]]
+    )
+    content = tar_bytes([*members, ("z.jpg", b"x" * 1300)], tar_format)
     path = save(tmp_path, content)
     whole = scan_tar(path).samples
     end = len(content.rstrip(b"\0"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import struct
@@ -169,11 +170,25 @@ def test_a_deterministic_policy_takes_the_centred_square(
 def test_boxes_are_the_same_in_every_version() -> None:
     # Golden: a change here makes every cache's views irreproducible.
     expected = [
-        [158.0, 77.0, 313.0, 296.0, 0.0, 1.3071516752243042, 0.74184650182724, 1.1456639766693115, 500.0, 375.0],
-        [73.0, 15.0, 422.0, 360.0, 1.0, 1.0102782249450684, 0.6455613374710083, 0.768072783946991, 500.0, 375.0],
+        [153.0, 45.0, 308.0, 309.0, 0.0, 1.0933552980422974, 1.306933879852295, 1.1167867183685303, 500.0, 375.0],
+        [12.0, 7.0, 348.0, 351.0, 1.0, 0.9567259550094604, 0.9801744222640991, 1.2127745151519775, 500.0, 375.0],
     ]
     boxes = [box_for(RANDOM, "a.tar", "é/k", view, 500, 375).as_row().tolist() for view in (0, 1)]
     assert boxes == expected
+
+
+def test_the_random_numbers_are_those_that_the_documentation_tells() -> None:
+    def number(index: int) -> float:
+        digest = hashlib.blake2b(b'[7, "a.tar", "\\u00e9/k", 1]/%d' % index, digest_size=8).digest()
+        return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+    box = box_for(RANDOM, "a.tar", "é/k", 1, 500, 375)
+    assert box.flip == (number(0) < 0.5)
+    factors = [0.6 + 0.8 * number(index) for index in (1, 2, 3)]
+    assert np.allclose([box.brightness, box.contrast, box.saturation], factors, rtol=1e-7)
+    area, ratio = 500 * 375 * (0.3 + 0.7 * number(4)), (3 / 4) * (16 / 9) ** number(5)
+    assert (box.width, box.height) == (round((area * ratio) ** 0.5), round((area / ratio) ** 0.5))
+    assert (box.left, box.top) == (int(number(6) * (501 - box.width)), int(number(7) * (376 - box.height)))
 
 
 def test_boxes_do_not_depend_on_the_process(tmp_path: Path) -> None:
@@ -361,6 +376,7 @@ def test_a_jpeg_is_decoded_at_the_largest_reduction_that_keeps_twice_the_output(
 
 def test_the_decode_rule_has_a_name() -> None:
     assert DECODER == "pillow-bicubic-draft2/1"
+    assert f"`{DECODER}`" in (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

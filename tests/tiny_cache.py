@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from emkum.models import targets
 from emkum.models.backbone import Backbone, BackboneSpec
@@ -84,22 +83,31 @@ def make_cache(
     skipped_blocks: Sequence[tuple[str, int]] = (),
     seed: int = 0,
 ) -> TinyCache:
-    """A cache with splits train and val. `quarantined`: train image rows; `skipped_blocks`: (field's last word, block)."""
+    """A cache with splits train and val.
+
+    quarantined: train image rows. skipped_blocks: (end of a field's name, block) that are never committed.
+    """
     encoder, text_encoder = tiny_network("tinyvit", "image", seed), tiny_network("tinybert", "text", seed + 1)
     writer = CacheWriter(path, rows_per_block)
     random = np.random.default_rng(seed)
     for split, count, num_views in (("train", pictures, views), ("val", val_pictures, 1)):
         if not count:
             continue
-        segment = writer.append_segment(split, ViewPolicy(crop=(0.9, 1.0), count=num_views), [_tar(split, count, captions)])
+        segment = writer.append_segment(
+            split, ViewPolicy(crop=(0.9, 1.0), count=num_views), [_tar(split, count, captions)]
+        )
         crops = random.integers(0, 256, (count, num_views, SIZE, SIZE, 3), dtype=np.uint8)
         bad = list(quarantined) if split == "train" else []
-        for name, spec, values, lengths in _fields(fields, storage, cut, encoder, text_encoder, crops, captions, random):
+        for name, spec, values, lengths in _fields(
+            fields, storage, cut, encoder, text_encoder, crops, captions, random
+        ):
             statistics = _statistics(values) if spec.storage == "int8" else None
             fingerprint = Fingerprint(
                 spec.kind, spec.storage, spec.row_shape, weights=encoder.weights_sha256, size=SIZE, compute="float32"
             )
-            writer.declare_field(spec, fingerprint, {"source": f"random:{name}"}, writer_statistics(writer, spec, statistics))
+            writer.declare_field(
+                spec, fingerprint, {"source": f"random:{name}"}, writer_statistics(writer, spec, statistics)
+            )
             writer.grow_field(spec, num_views)
             skipped = [block for word, block in skipped_blocks if spec.name.endswith(word)]
             _commit(writer, spec, segment, values, lengths, writer_statistics(writer, spec, statistics), bad, skipped)
@@ -144,7 +152,7 @@ def _fields(fields, storage, cut, encoder, text_encoder, crops_NVHWC, captions, 
         tokens = ([embedded, *hidden])[cut]
         final = encoder.backbone.finish(hidden[-1])
         found = {
-            "tokens": ("image/tinyvit@%d/tokens" % cut, "tokens", tokens),
+            "tokens": (f"image/tinyvit@{cut}/tokens", "tokens", tokens),
             "cls": ("teacher/tinyvit/image/cls", "pooled", targets.cls(final)),
             "layers": ("teacher/tinyvit/image/layers", "tokens", targets.layers(hidden, None, True)),
         }
@@ -165,7 +173,12 @@ def _fields(fields, storage, cut, encoder, text_encoder, crops_NVHWC, captions, 
             mask_BL = torch.from_numpy(mask)
             embedded = text_encoder.backbone.embed(torch.from_numpy(ids).long(), mask_BL)
             values = targets.layers(text_encoder.backbone.run(embedded, mask_BT=mask_BL).hidden, mask_BL, False).numpy()
-            yield "text_layers", FieldSpec("teacher/tinybert/text/layers", "ragged", storage, values.shape[1:]), values, lengths
+            yield (
+                "text_layers",
+                FieldSpec("teacher/tinybert/text/layers", "ragged", storage, values.shape[1:]),
+                values,
+                lengths,
+            )
 
 
 def _statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -209,7 +222,3 @@ def _encoded(one, spec, statistics, length):  # type: ignore[no-untyped-def]
     mean, std = statistics or (None, None)
     return encode(one, spec.storage, mean, std, length)
 
-
-def embed_rows(network: Network) -> nn.Module:
-    """The network's trainable-looking backbone, for parity checks."""
-    return network.backbone

@@ -48,10 +48,10 @@ def from_hub(repo: str, offline: bool = False) -> Fetched:
     fetched is used. Raises WeightsUnavailable if that is not whole, UnknownNetwork if the hub has no such repository.
     """
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     repo, _, revision = repo.partition("@")
-    if offline or huggingface_hub.constants.HF_HUB_OFFLINE:
+    if offline or constants.HF_HUB_OFFLINE:
         return _from_hub_cache(repo, revision, "working offline")
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision or None, timeout=TIMEOUT_SECONDS)

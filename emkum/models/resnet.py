@@ -68,14 +68,27 @@ class ResNetSpec:
         return cls(**{**kept, "widths": tuple(found["widths"]), "depths": tuple(found["depths"])})
 
 
+class FrozenBatchNorm(nn.Module):
+    """Batch norm with the statistics of the training, which never change."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+        self.register_buffer("running_mean", torch.zeros(num_channels))
+        self.register_buffer("running_var", torch.ones(num_channels))
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        return F.batch_norm(features_BCHW, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-5)
+
+
 class ConvNorm(nn.Module):
     """A convolution and its batch norm."""
 
     def __init__(self, num_in: int, num_out: int, size: int, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(num_in, num_out, size, stride, padding=size // 2, bias=False)
-        self.norm = nn.BatchNorm2d(num_out)
-        self.norm.num_batches_tracked = None  # of no use to a frozen network, and no weight
+        self.norm = FrozenBatchNorm(num_out)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         normed_BCHW: Tensor = self.norm(self.conv(in_type_of(self.conv.weight, features_BCHW)))

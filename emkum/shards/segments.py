@@ -138,12 +138,18 @@ def new_sources(segments: Sequence[Segment], split: str, tars: Sequence[SourceTa
                 f"{tar.bytes} bytes, sha256 {tar.sha256[:12]}... now",
                 "restore the old file, give the new one another name, or write to another folder with --cache",
             )
-        if segment.split != split:
+        require_split(segments, split, tar.name)
+    return fresh
+
+
+def require_split(segments: Sequence[Segment], split: str, tar: str) -> None:
+    """Raises IdentityMismatch if the cache holds the tar of this name as another split."""
+    for segment in segments:
+        if segment.split != split and any(source.tar == tar for source in segment.sources):
             raise IdentityMismatch(
-                f"{tar.name} is in the cache as split {segment.split!r}; this run asks for split {split!r}",
+                f"{tar} is in the cache as split {segment.split!r}; this run asks for split {split!r}",
                 f"use --split {segment.split}, or write to another folder with --cache",
             )
-    return fresh
 
 
 def require_same_views(segments: Sequence[Segment], split: str, views: ViewPolicy) -> None:

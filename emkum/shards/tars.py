@@ -183,7 +183,10 @@ def _expand_one(path: str) -> list[str]:
 
 
 def _folder_tars(folder: str) -> list[str]:
-    entries = sorted(os.path.join(folder, name) for name in os.listdir(folder) if not name.startswith("."))
+    try:
+        entries = sorted(os.path.join(folder, name) for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise StorageFailure(f"{folder} cannot be listed: {error.strerror}", "check its permissions") from error
     tars = [path for path in entries if path.lower().endswith(".tar") and os.path.isfile(path)]
     if not tars:
         raise NoData(f"no .tar file in {folder}{_what_else(entries)}", _EXPECTED)

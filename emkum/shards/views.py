@@ -185,20 +185,19 @@ def box_for(policy: ViewPolicy, tar: str, key: str, view: int, width: int, heigh
         side = max(1, round(min(width, height) * math.sqrt(policy.crop[0])))
         return Box((width - side) // 2, (height - side) // 2, side, side, False, 1.0, 1.0, 1.0, width, height)
 
-    def uniform(counter: int) -> float:
-        return _uniform(policy.seed, tar, key, view, counter)
+    uniform = _numbers(policy.seed, tar, key, view)
 
-    def factor(counter: int) -> float:
-        return float(np.float32(1 + policy.jitter * (2 * uniform(counter) - 1)))
+    def factor(number: int) -> float:
+        return float(np.float32(1 + policy.jitter * (2 * uniform(number) - 1)))
 
     flip = policy.flip and uniform(0) < 0.5
-    for counter in range(4, 44, 4):
-        area = width * height * _between(policy.crop, uniform(counter))
-        ratio = math.exp(_between((math.log(policy.ratio[0]), math.log(policy.ratio[1])), uniform(counter + 1)))
+    for number in range(4, 44, 4):
+        area = width * height * _between(policy.crop, uniform(number))
+        ratio = math.exp(_between((math.log(policy.ratio[0]), math.log(policy.ratio[1])), uniform(number + 1)))
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            left = int(uniform(counter + 2) * (width - crop_width + 1))
-            top = int(uniform(counter + 3) * (height - crop_height + 1))
+            left = int(uniform(number + 2) * (width - crop_width + 1))
+            top = int(uniform(number + 3) * (height - crop_height + 1))
             break
     else:
         crop_width, crop_height = _largest_crop(policy.ratio, width, height)
@@ -214,11 +213,16 @@ def _largest_crop(ratio: tuple[float, float], width: int, height: int) -> tuple[
     return width, height
 
 
-def _uniform(seed: int, tar: str, key: str, view: int, counter: int) -> float:
-    """A number in [0, 1), a multiple of 2^-53."""
-    message = json.dumps([seed, tar, key, view, counter], separators=(",", ":"))
-    digest = hashlib.blake2b(message.encode("ascii"), digest_size=8).digest()
-    return float((int.from_bytes(digest, "little") >> 11) * 2.0**-53)
+def _numbers(seed: int, tar: str, key: str, view: int) -> Callable[[int], float]:
+    """The random numbers of a view, by their own number: each in [0, 1) and a multiple of 2^-53."""
+    view_hash = hashlib.blake2b(json.dumps([seed, tar, key, view]).encode("ascii"), digest_size=8)
+
+    def uniform(number: int) -> float:
+        number_hash = view_hash.copy()
+        number_hash.update(b"/%d" % number)
+        return float((int.from_bytes(number_hash.digest(), "little") >> 11) * 2.0**-53)
+
+    return uniform
 
 
 def _between(span: tuple[float, float], share: float) -> float:

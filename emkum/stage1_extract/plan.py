@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -24,11 +25,18 @@ from emkum.errors import (
     UsageError,
 )
 from emkum.models.catalogue import load_network
-from emkum.models.network import Network, load_saved, save_network
+from emkum.models.network import Network, save_network
 from emkum.models.passes import FrozenPass, Wanted, good_compute
 from emkum.shards.fingerprint import Fingerprint, require_same
 from emkum.shards.layout import STORAGES, TEXT_TILE, FieldSpec, Kind, model_dir
-from emkum.shards.segments import Segment, check_split_name, new_sources, read_segments, require_same_views
+from emkum.shards.segments import (
+    Segment,
+    check_split_name,
+    new_sources,
+    read_segments,
+    require_same_views,
+    require_split,
+)
 from emkum.shards.tars import SourceTar, find_tars, scan_tars
 from emkum.shards.views import DECODER, Box, ViewPolicy
 from emkum.shards.writer import CacheWriter, check_cache_name
@@ -170,6 +178,8 @@ def make_plan(config: ExtractConfig) -> Plan:
 
     writer = CacheWriter(config.cache, config.rows_per_block)
     fresh = new_sources(writer.segments, config.split, tars)
+    for path in known:
+        require_split(writer.segments, config.split, os.path.basename(path))
     if fresh:
         require_same_views(writer.segments, config.split, config.policy)
     fields, image_pass, text_pass = _fields(config, networks, device, writer, has_pictures, has_captions)
@@ -295,16 +305,17 @@ def _keep_networks(cache: Path, networks: _Networks) -> None:
         if network is None:
             continue
         folder = Path(cache) / model_dir(network.name)
-        if (folder / "model.json").exists():
-            kept = load_saved(folder)
-            if kept.weights_sha256 != network.weights_sha256:
-                raise FingerprintMismatch(
-                    f"{cache} keeps a network {network.name} with weights {kept.weights_sha256[:12]}...; "
-                    f"this one has {network.weights_sha256[:12]}...",
-                    "give this network another name with --name, or write to another folder with --cache",
-                )
-        else:
+        record = folder / "model.json"
+        if not record.exists():
             save_network(network, folder)
+            continue
+        kept = str(json.loads(record.read_bytes())["weights_sha256"])
+        if kept != network.weights_sha256:
+            raise FingerprintMismatch(
+                f"{cache} keeps a network {network.name} with weights {kept[:12]}...; "
+                f"this one has {network.weights_sha256[:12]}...",
+                "give this network another name with --name, or write to another folder with --cache",
+            )
 
 
 # --- fields --------------------------------------------------------------------------------------------
@@ -395,7 +406,7 @@ def _image_wanted(config: ExtractConfig, networks: _Networks) -> dict[Wanted, tu
         name = networks.encoder.name
         wanted[Wanted(name, "tokens", config.cut)] = (f"image/{name}@{config.cut}/tokens", "tokens")
     for teacher in networks.image_teachers:
-        for target in config.targets or ("cls", "patches"):
+        for target in config.targets or _default_targets(teacher):
             kind: Kind = "pooled" if target in ("cls", "logits") else "tokens"
             wanted[Wanted(teacher.name, target)] = (f"teacher/{teacher.name}/image/{target}", kind)  # type: ignore[arg-type]
     return wanted
@@ -404,10 +415,17 @@ def _image_wanted(config: ExtractConfig, networks: _Networks) -> dict[Wanted, tu
 def _text_wanted(config: ExtractConfig, networks: _Networks) -> dict[Wanted, tuple[str, Kind]]:
     wanted: dict[Wanted, tuple[str, Kind]] = {}
     for teacher in networks.text_teachers:
-        for target in [t for t in config.targets or ("layers",) if t in TEXT_TARGETS]:
+        for target in [t for t in config.targets or _default_targets(teacher) if t in TEXT_TARGETS]:
             kind: Kind = "text_pooled" if target == "cls" else "ragged"
             wanted[Wanted(teacher.name, target)] = (f"teacher/{teacher.name}/text/{target}", kind)  # type: ignore[arg-type]
     return wanted
+
+
+def _default_targets(teacher: Network) -> tuple[str, ...]:
+    """What is kept of a teacher if the user does not say."""
+    if teacher.modality == "text":
+        return ("layers",)
+    return ("cls", "patches") if teacher.depth else ("cls", "logits")
 
 
 def _common(spec: FieldSpec, network: Network, want: Wanted, compute: str) -> dict[str, Any]:

@@ -326,11 +326,12 @@ def _outline(shape: str) -> list[Point]:
         ]
     if shape == "moon":
         outer = [_turned((0.0, -1.0), -math.pi * step / 30) for step in range(31)]
-        return outer + [(-0.45 * math.sin(math.pi * step / 30), math.cos(math.pi * step / 30)) for step in range(31)]
-    corners, inner = {"triangle": (3, 0.0), "hexagon": (6, 0.0), "star": (5, 0.42)}[shape]
-    if not inner:
+        inner = [(-0.45 * math.sin(math.pi * step / 30), math.cos(math.pi * step / 30)) for step in range(31)]
+        return [(x + 0.6, y) for x, y in outer + inner]
+    corners, dent = {"triangle": (3, 0.0), "hexagon": (6, 0.0), "star": (5, 0.42)}[shape]
+    if not dent:
         return [_turned((0.0, -1.0), 2 * math.pi * step / corners) for step in range(corners)]
-    return [_turned((0.0, -inner if step % 2 else -1.0), math.pi * step / corners) for step in range(2 * corners)]
+    return [_turned((0.0, -dent if step % 2 else -1.0), math.pi * step / corners) for step in range(2 * corners)]
 
 
 def _turned(point: Point, angle: float) -> Point:

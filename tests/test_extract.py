@@ -1,0 +1,541 @@
+"""Stage 1 on small real tars with tiny random networks: what is written, what is refused, what a crash costs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_cache import tiny_network
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from emkum import errors
+from emkum.models import targets
+from emkum.models.network import Network, normalise, save_network
+from emkum.models.passes import FrozenPass, Wanted
+from emkum.models.tokenizer import text_ids
+from emkum.shards.audit import describe
+from emkum.shards.reader import Cache
+from emkum.shards.views import Box, replay_view
+from emkum.stage1_extract import extract as extract_module
+from emkum.stage1_extract.extract import extract
+from emkum.stage1_extract.plan import ExtractConfig
+
+WORDS = [
+    "[PAD]",
+    "[CLS]",
+    "[SEP]",
+    "[UNK]",
+    "a",
+    "the",
+    "red",
+    "blue",
+    "green",
+    "square",
+    "circle",
+    "star",
+    "on",
+    "left",
+]
+
+
+def make_tar(
+    path: Path, num: int, seed: int = 0, captions: int = 2, bad: tuple[int, ...] = (), texts: bool = True
+) -> Path:
+    """`num` pictures of 24 x 20 pixels with captions; those in `bad` are cut off."""
+    draw = np.random.default_rng(seed)
+    with tarfile.open(path, "w") as tar:
+        for i in range(num):
+            buffer = io.BytesIO()
+            Image.fromarray(draw.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(buffer, "JPEG")
+            data = buffer.getvalue()[: 200 if i in bad else None]
+            members = [(f"s{i:03d}.jpg", data)]
+            if texts:
+                lines = [" ".join(draw.choice(WORDS[4:], draw.integers(2, 12))) for _ in range(captions)]
+                members.append((f"s{i:03d}.json", json.dumps({"captions": lines}).encode()))
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def word_tokenizer() -> bytes:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return tokenizer.to_str().encode()
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of tiny networks: vit, other (other weights), tail (shares vit's first 2 blocks), text."""
+    root = tmp_path_factory.mktemp("networks")
+    vit = tiny_network("vit", "image")
+    save_network(vit, root / "vit")
+    save_network(tiny_network("other", "image", seed=9), root / "other")
+    tail = tiny_network("tail", "image")
+    with torch.no_grad():
+        tail.backbone.stack.blocks[2].qkv.weight.add_(0.1)
+    save_network(_named(tail), root / "tail")
+    text = replace(tiny_network("text", "text"), tokenizer=word_tokenizer())
+    save_network(_named(text), root / "text")
+    broken = tiny_network("broken", "image")
+    with torch.no_grad():
+        broken.backbone.stack.blocks[3].fc2.bias.fill_(1e6)
+        broken.backbone.norm.weight.fill_(1e6)
+    save_network(_named(broken), root / "broken")
+    return root
+
+
+def _named(network: Network) -> Network:
+    from emkum.models.network import weights_digest
+
+    return replace(network, weights_sha256=weights_digest(network.backbone))
+
+
+@pytest.fixture
+def config(tmp_path: Path, networks: Path) -> ExtractConfig:
+    """40 pictures in two tars, blocks of 16 rows, float32."""
+    (tmp_path / "data").mkdir()
+    make_tar(tmp_path / "data" / "a.tar", 24)
+    make_tar(tmp_path / "data" / "b.tar", 16, seed=1)
+    return ExtractConfig(
+        teacher=(str(networks / "vit"),),
+        data=(str(tmp_path / "data"),),
+        cache=tmp_path / "cache",
+        text_encoder=str(networks / "text"),
+        cut=2,
+        size=16,
+        storage="float32",
+        compute="float32",
+        max_tokens=16,
+        batch_size=8,
+        rows_per_block=16,
+        device="cpu",
+    )
+
+
+def quiet(config: ExtractConfig) -> list[str]:
+    lines: list[str] = []
+    extract(config, say=lines.append)
+    return lines
+
+
+def objects(cache: Path) -> dict[str, bytes]:
+    """All committed content: objects, receipts, records; not the time- and path-dependent segment hints."""
+    return {
+        str(path.relative_to(cache)): path.read_bytes()
+        for path in sorted(cache.rglob("*"))
+        if path.is_file() and "hints" not in path.parts and path.name not in ("segment.json",) and path.parent != cache
+    }
+
+
+# --- what is written -------------------------------------------------------------------------------------
+
+
+def test_every_field_holds_what_the_networks_say(config: ExtractConfig, networks: Path) -> None:
+    from emkum.models.network import load_saved
+
+    quiet(replace(config, targets=("cls", "patches", "layers")))
+    cache = Cache.open(config.cache)
+    assert sorted(cache.fields) == [
+        "image/vit@2/tokens",
+        "teacher/vit/image/cls",
+        "teacher/vit/image/layers",
+        "teacher/vit/image/patches",
+        "text/text/ids",
+        "views/crop-0.9-1.0-seed-0/boxes",
+    ]
+    vit = load_saved(networks / "vit")
+    boxes = cache.field("views/crop-0.9-1.0-seed-0/boxes")
+    samples = cache.samples("train").to_pylist()
+    rows = boxes.rows("train")
+    assert rows.tolist() == list(range(40))
+    crops = []
+    for row in rows:
+        sample = next(s for s in samples if s["image_row"] == row)
+        with open(Path(config.data[0]) / sample["tar"], "rb") as tar:
+            tar.seek(sample["offset"])
+            data = tar.read(sample["size"])
+        crops.append(replay_view(data, 16, Box.from_row(boxes.values(np.array([row]))[0])))
+    embedded = vit.backbone.embed(normalise(vit, torch.from_numpy(np.stack(crops))))
+    hidden = vit.backbone.run(embedded).hidden
+    final = vit.backbone.finish(hidden[-1])
+    for name, want in {
+        "image/vit@2/tokens": hidden[1],
+        "teacher/vit/image/cls": targets.cls(final),
+        "teacher/vit/image/patches": targets.patches(final, 1),
+        "teacher/vit/image/layers": targets.layers(hidden, None, True),
+    }.items():
+        np.testing.assert_allclose(cache.field(name).values(rows), want.numpy(), rtol=2e-5, atol=2e-5)
+    captions = cache.captions("train")["caption"].to_pylist()
+    ids, length = text_ids(word_tokenizer(), captions, 16)
+    field = cache.field("text/text/ids")
+    np.testing.assert_array_equal(field.lengths(field.rows("train")), length)
+    np.testing.assert_array_equal(field.values(field.rows("train")), ids * (np.arange(16) < length[:, None]))
+
+
+def test_a_text_teacher_gives_ragged_targets_and_its_own_tokenizer(config: ExtractConfig, networks: Path) -> None:
+    from emkum.models.network import load_saved
+
+    text_config = replace(config, teacher=(str(networks / "text"),), text_encoder=None, targets=("layers", "cls"))
+    quiet(text_config)
+    cache = Cache.open(config.cache)
+    assert sorted(cache.fields) == ["teacher/text/text/cls", "teacher/text/text/layers", "text/text/ids"]
+    network = load_saved(networks / "text")
+    ids_field, layers_field = cache.field("text/text/ids"), cache.field("teacher/text/text/layers")
+    rows = layers_field.rows("train")
+    ids = torch.from_numpy(ids_field.read(rows)).long()
+    mask = torch.from_numpy(np.arange(16) < ids_field.lengths(rows)[:, None])
+    np.testing.assert_array_equal(layers_field.lengths(rows), ids_field.lengths(rows))
+    hidden = network.backbone.run(network.backbone.embed(ids, mask), mask_BT=mask).hidden
+    want = targets.layers(hidden, mask, False)
+    np.testing.assert_allclose(layers_field.values(rows), want.numpy(), rtol=1e-4, atol=1e-4)
+    final = network.backbone.finish(hidden[-1])[:, 0]
+    np.testing.assert_allclose(cache.field("teacher/text/text/cls").values(rows), final.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("storage", "bound"), [("float16", 1e-3), ("int8", 0.02)])
+def test_lossy_storage_stays_within_its_recorded_error(config: ExtractConfig, storage: str, bound: float) -> None:
+    quiet(config)
+    lossy = replace(config, storage=storage, cache=config.cache.with_name("lossy"))
+    quiet(lossy)
+    exact, cache = Cache.open(config.cache), Cache.open(lossy.cache)
+    for name in ("image/vit@2/tokens", "teacher/vit/image/cls", "teacher/vit/image/patches"):
+        rows = exact.field(name).rows("train")
+        want, got = exact.field(name).values(rows), cache.field(name).values(rows)
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        stated = describe(cache)["fields"][name]["relative_l2_error"]
+        assert error == pytest.approx(stated, rel=0.1)
+        assert 0 < error < bound
+
+
+def test_several_views_are_several_crops_and_one_view_may_become_two(config: ExtractConfig) -> None:
+    quiet(config)
+    before = objects(config.cache)
+    quiet(replace(config, views=2))
+    field = Cache.open(config.cache).field("image/vit@2/tokens")
+    assert field.num_views == 2
+    rows = field.rows("train", 1)
+    assert rows.tolist() == list(range(40))
+    assert not np.array_equal(field.values(rows, 0), field.values(rows, 1))
+    after = objects(config.cache)
+    assert {k: v for k, v in after.items() if k in before and not k.endswith("zarr.json")} == {
+        k: v for k, v in before.items() if not k.endswith("zarr.json")
+    }
+
+
+# --- once, and no more than once ---------------------------------------------------------------------------
+
+
+def test_the_same_command_again_does_nothing(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet(config)
+    before = objects(config.cache)
+    monkeypatch.setattr(extract_module, "PictureStream", None)  # decoding anything would fail
+    lines = quiet(config)
+    assert lines[-1].startswith("nothing to do: ")
+    assert objects(config.cache) == before
+
+
+def test_a_shared_prefix_runs_once(networks: Path) -> None:
+    from emkum.models.network import load_saved
+
+    vit, tail = load_saved(networks / "vit"), load_saved(networks / "tail")
+    wanted = [Wanted("vit", "tokens", 2), Wanted("vit", "cls"), Wanted("tail", "cls")]
+    together = FrozenPass([vit, tail], wanted, "float32", "cpu")
+    crops = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
+    outputs = together.pictures(crops)
+    assert together.shared_blocks == {"tail": ("vit", 2)}
+    assert together.block_runs == 4 + 2  # vit whole, of tail only what differs
+    apart = [FrozenPass([vit], wanted[:2], "float32", "cpu"), FrozenPass([tail], wanted[2:], "float32", "cpu")]
+    expected = [*apart[0].pictures(crops), *apart[1].pictures(crops)]
+    for got, want in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_cut_reuses_the_teachers_own_blocks(networks: Path) -> None:
+    from emkum.models.network import load_saved
+
+    frozen = FrozenPass(
+        [load_saved(networks / "vit")], [Wanted("vit", "tokens", 2), Wanted("vit", "cls")], "float32", "cpu"
+    )
+    frozen.pictures(torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
+    assert frozen.block_runs == 4
+
+
+def test_a_second_teacher_more_tars_and_a_split_leave_old_bytes_alone(config: ExtractConfig, networks: Path) -> None:
+    quiet(config)
+    before = objects(config.cache)
+    make_tar(Path(config.data[0]) / "c.tar", 5, seed=5)
+    make_tar(Path(config.data[0]).parent / "dev.tar", 6, seed=6)
+    quiet(replace(config, teacher=(config.teacher[0], str(networks / "other"))))
+    quiet(replace(config, split="val", data=(str(Path(config.data[0]).parent / "dev.tar"),)))
+    cache = Cache.open(config.cache)
+    assert len(cache.field("teacher/other/image/cls").rows("train")) == 45
+    assert len(cache.field("teacher/vit/image/cls").rows("train")) == 45
+    assert len(cache.field("teacher/vit/image/cls").rows("val")) == 6
+    assert cache.segments[2].views.name == "center-1.0"
+    after = objects(config.cache)
+    changed = [name for name, data in before.items() if after[name] != data and not name.endswith("zarr.json")]
+    assert changed == []
+
+
+def test_stopping_anywhere_and_going_on_gives_the_bytes_of_one_run(
+    config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet(config)
+    whole = objects(config.cache)
+    pictures = FrozenPass.pictures
+    for stop_after in range(1, 6):  # the first call asks for shapes, five hold 40 pictures
+        stopped = replace(config, cache=config.cache.with_name(f"stopped{stop_after}"))
+        calls = 0
+
+        def counted(self: FrozenPass, crops: torch.Tensor, limit: int = stop_after) -> list[torch.Tensor]:
+            nonlocal calls
+            calls += 1
+            if calls > limit:
+                raise errors.Interrupted("stopped by SIGTERM")
+            return pictures(self, crops)
+
+        monkeypatch.setattr(FrozenPass, "pictures", counted)
+        with pytest.raises(errors.Interrupted):
+            quiet(stopped)
+        monkeypatch.setattr(FrozenPass, "pictures", pictures)
+        assert not list(stopped.cache.rglob("*.tmp"))
+        quiet(stopped)
+        assert objects(stopped.cache) == whole
+
+
+def test_sigint_ends_with_75_and_the_same_command_finishes(config: ExtractConfig, tmp_path: Path) -> None:
+    make_tar(Path(config.data[0]) / "big.tar", 1500, seed=3, texts=False)
+    command = [sys.executable, "-m", "emkum.cli", "extract", "--teacher", config.teacher[0], "--data", config.data[0]]
+    command += ["--cache", str(config.cache), "--text-encoder", "none", "--size", "16", "--batch-size", "4"]
+    command += ["--rows-per-block", "16"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    receipts = config.cache / "_emkum" / "receipts"
+    deadline = time.monotonic() + 60
+    while not list(receipts.rglob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 75, stderr
+    last = stderr.strip().splitlines()[-1]
+    assert last == ("emkum: Interrupted: stopped by SIGINT; every finished block is kept | the same command continues")
+    assert "Traceback" not in stderr
+    assert not list(config.cache.rglob("*.tmp"))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(Cache.open(config.cache).field("teacher/vit/image/cls").rows("train")) == 1540
+
+
+# --- bad pictures ------------------------------------------------------------------------------------------
+
+
+def test_a_bad_picture_costs_one_row_and_is_listed_with_its_reason(config: ExtractConfig) -> None:
+    make_tar(Path(config.data[0]) / "a.tar", 24, bad=(0, 5, 23))
+    lines = quiet(replace(config, max_bad=0.1))
+    cache = Cache.open(config.cache)
+    for name, field in cache.fields.items():
+        if field.space == "image":
+            assert field.rows("train").tolist() == [r for r in range(40) if r not in (0, 5, 23)], name
+            receipt = field.receipts[0, 0]
+            assert [(q.row, q.tar, q.key) for q in receipt.quarantined] == [(0, "a.tar", "s000"), (5, "a.tar", "s005")]
+            assert all(q.reason for q in receipt.quarantined)
+    assert "seen 40 = 37 ok + 3 quarantined + 0 filtered (pictures)" in lines
+    good = replace(config, cache=config.cache.with_name("good"))
+    make_tar(Path(config.data[0]) / "a.tar", 24)
+    quiet(good)
+    rows = np.array([1, 4, 6, 22, 24, 39])
+    want = Cache.open(good.cache).field("teacher/vit/image/cls").values(rows)
+    np.testing.assert_allclose(cache.field("teacher/vit/image/cls").values(rows), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_of_bad_pictures_only(config: ExtractConfig) -> None:
+    make_tar(Path(config.data[0]) / "a.tar", 24, bad=tuple(range(16)))
+    quiet(replace(config, max_bad=0.5))
+    cache = Cache.open(config.cache)
+    assert cache.field("image/vit@2/tokens").rows("train").tolist() == list(range(16, 40))
+    assert cache.field("image/vit@2/tokens").receipts[0, 0].statistics is None
+
+
+def test_too_many_bad_pictures_stop_the_run_and_name_the_first(config: ExtractConfig) -> None:
+    make_tar(Path(config.data[0]) / "a.tar", 24, bad=(3,))
+    with pytest.raises(errors.TooManyBadSamples) as caught:
+        quiet(config)
+    assert caught.value.exit_code == 3
+    assert "1 of 40 pictures cannot be used, --max-bad 0.001 allows 0" in caught.value.what
+    assert "a.tar/s003" in caught.value.what
+    assert "--max-bad" in caught.value.way_out
+
+
+def test_a_value_the_storage_cannot_hold_names_field_and_sample(config: ExtractConfig, networks: Path) -> None:
+    with pytest.raises(
+        errors.NonFiniteFeature, match=r"teacher/broken/image/cls, sample a\.tar/s000: max .x. = .* > 65504"
+    ):
+        quiet(replace(config, teacher=(str(networks / "broken"),), storage="float16"))
+    for field in Cache.open(config.cache).fields.values():
+        assert field.space == "text" or len(field.rows("train")) == 0
+
+
+# --- identity ----------------------------------------------------------------------------------------------
+
+
+def test_other_weights_under_one_name_are_refused_and_nothing_changes(config: ExtractConfig, networks: Path) -> None:
+    quiet(config)
+    before = objects(config.cache)
+    with pytest.raises(
+        errors.FingerprintMismatch, match=r"weights with sha256 .* in the cache, .* asked for"
+    ) as caught:
+        quiet(replace(config, teacher=(str(networks / "other"),), name="vit"))
+    assert caught.value.exit_code == 5
+    assert objects(config.cache) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": 32}, "crop size 16 in the cache, 32 asked for"),
+        ({"storage": "float16"}, "storage float32 in the cache, float16 asked for"),
+        ({"compute": "bfloat16"}, "compute type float32 in the cache, bfloat16 asked for"),
+        ({"crop": (0.5, 1.0)}, "views crop-0.9-1.0-seed-0; this run asks for crop-0.5-1.0-seed-0"),
+        ({"seed": 4}, "this run asks for crop-0.9-1.0-seed-4"),
+        ({"split": "val"}, "as split 'train'; this run asks for split 'val'"),
+        ({"max_tokens": 32}, "text positions 16 in the cache, 32 asked for"),
+    ],
+)
+def test_another_setting_is_refused_with_both_values(config: ExtractConfig, change: dict, message: str) -> None:
+    quiet(config)
+    before = objects(config.cache)
+    with pytest.raises(errors.IdentityMismatch) as caught:
+        quiet(replace(config, **change))
+    assert message in caught.value.what
+    assert caught.value.way_out
+    assert objects(config.cache) == before
+
+
+def test_a_tar_that_changed_is_refused_even_with_its_size_kept(config: ExtractConfig) -> None:
+    quiet(config)
+    tar = Path(config.data[0]) / "a.tar"
+    data = bytearray(tar.read_bytes())
+    data[700] ^= 1
+    tar.write_bytes(bytes(data))
+    with pytest.raises(errors.SourceChanged, match=r"a\.tar is not the a\.tar that segment 0 was extracted from"):
+        quiet(config)
+
+
+def test_auto_compute_follows_the_cache(config: ExtractConfig) -> None:
+    quiet(config)
+    assert quiet(replace(config, compute="auto"))[-1].startswith("nothing to do")
+
+
+# --- what is missing is said -------------------------------------------------------------------------------
+
+
+def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "emkum.cli", *arguments], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+def test_bad_input_ends_in_one_line_with_its_exit_code(config: ExtractConfig, tmp_path: Path, networks: Path) -> None:
+    vit = str(networks / "vit")
+    (tmp_path / "empty").mkdir()
+    captionless = make_tar(tmp_path / "captionless.tar", 3, texts=False)
+    cases = [
+        (["extract", "--teacher", vit], 2, "NoData", "./data"),
+        (["extract", "--teacher", vit, "--data", "empty"], 2, "NoData", "empty"),
+        (["extract", "--teacher", "dinov3-s", "--data", config.data[0]], 2, "UnknownNetwork", "dinov2-s"),
+        (["extract", "--teacher", "beit2", "--data", config.data[0]], 2, "WeightsUnavailable", "beitv2_base"),
+        (["extract", "--teacher", vit, "--data", config.data[0], "--cut", "9"], 2, "UsageError", "4 blocks"),
+        (["extract", "--teacher", vit, "--data", config.data[0], "--targets", "sls"], 2, "UsageError", "cls"),
+        (["extract", "--teacher", str(networks / "text"), "--data", str(captionless)], 2, "MissingCaptions", "txt"),
+        (["extract", "--data", config.data[0]], 2, "Missing option", "--teacher"),
+        (["cache", "info", "nowhere"], 2, "NotACache", "nowhere"),
+    ]
+    for arguments, code, kind, words in cases:
+        done = run_cli(*arguments, cwd=tmp_path)
+        assert done.returncode == code, (arguments, done.stderr)
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("emkum: "), done.stderr
+        assert kind in last, last
+        assert words in last, last
+        assert "Traceback" not in done.stderr
+
+
+def test_cache_info_says_what_is_there_and_what_is_missing(config: ExtractConfig, tmp_path: Path) -> None:
+    quiet(config)
+    receipt = sorted((config.cache / "_emkum/receipts/teacher/vit/image/cls").glob("*.json"))[1]
+    receipt.unlink()
+    done = run_cli("cache", "info", str(config.cache), "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["complete"] is False
+    assert found["fields"]["teacher/vit/image/cls"]["missing"] == {"train": 1}
+    assert found["fields"]["image/vit@2/tokens"]["rows"] == {"train": 40}
+    assert found["splits"]["train"]["captions"] == 80
+    shown = run_cli("cache", "info", str(config.cache), cwd=tmp_path).stdout
+    assert "1 blocks" in shown
+    assert "incomplete: the same `emkum extract` command finishes it" in shown
+    quiet(config)
+    assert json.loads(run_cli("cache", "info", str(config.cache), "--json", cwd=tmp_path).stdout)["complete"]
+
+
+def test_words_the_shell_expanded_after_data_all_count(config: ExtractConfig, tmp_path: Path) -> None:
+    tars = sorted(str(p) for p in Path(config.data[0]).glob("*.tar"))
+    arguments = ["extract", "--data", *tars, "--teacher", config.teacher[0], "--text-encoder", "none", "--size", "16"]
+    done = run_cli(*arguments, "--cache", "c", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(Cache.open(tmp_path / "c").field("teacher/vit/image/cls").rows("train")) == 40
+
+
+# --- real ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_a_real_teacher_on_real_pictures_says_what_transformers_says(shared: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    weights = shared / "weights" / "dinov2-small-imgfocus"
+    quiet(
+        ExtractConfig(
+            teacher=(str(weights),),
+            data=(str(shared / "data/pairs/coco2017_train_mini_00000.tar"),),
+            cache=tmp_path / "c",
+            text_encoder="none",
+            size=56,
+            storage="float32",
+            compute="float32",
+            device="cpu",
+        )
+    )
+    cache = Cache.open(tmp_path / "c")
+    rows = np.array([0, 7, 79])
+    model = transformers.Dinov2Model.from_pretrained(weights, dtype=torch.float32).eval()
+    boxes = cache.field("views/crop-0.9-1.0-seed-0/boxes").values(rows)
+    crops = []
+    for row, box in zip(rows, boxes, strict=True):
+        sample = cache.samples("train").slice(int(row), 1).to_pylist()[0]
+        with open(shared / "data/pairs" / sample["tar"], "rb") as tar:
+            tar.seek(sample["offset"])
+            crops.append(replay_view(tar.read(sample["size"]), 56, Box.from_row(box)))
+    pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.inference_mode():
+        final = model((pixels - mean[:, None, None]) / std[:, None, None]).last_hidden_state
+    name = "teacher/dinov2-small-imgfocus/image"
+    np.testing.assert_allclose(cache.field(f"{name}/cls").values(rows), final[:, 0].numpy(), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(cache.field(f"{name}/patches").values(rows), final[:, 1:].numpy(), rtol=1e-3, atol=2e-3)

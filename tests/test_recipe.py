@@ -1,0 +1,239 @@
+"""Recipes: the files that ship, overrides, and what is said when a recipe and a cache do not fit."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from emkum.errors import EmkumError, MissingCaptions, MissingField, UnknownRecipe, UsageError
+from emkum.stage2_train.recipe import (
+    RECIPES_DIR,
+    FieldNames,
+    choose_recipe,
+    load_recipe,
+    recipe_from_table,
+    required_fields,
+    shipped_recipes,
+)
+
+
+@dataclass
+class FakeCache:
+    """The few calls of a cache that a recipe makes."""
+
+    fields: dict[str, None] = field(default_factory=dict)
+    splits: list[str] = field(default_factory=lambda: ["train"])
+    models: list[str] = field(default_factory=list)
+    paired: bool = True
+    path: Path = Path("shards")
+
+    def captions(self, split: str) -> pa.Table:
+        return pa.table({"image_row": pa.array([0, 1] if self.paired else [None, None], pa.int64())})
+
+
+TOKENS, IDS, CLS = "image/dinov2-s@6/tokens", "text/minilm/ids", "teacher/dinov2-s/image/cls"
+LAYERS, TEXT_LAYERS = "teacher/dinov2-s/image/layers", "teacher/minilm/text/layers"
+
+
+def cache(*fields: str, **changes: object) -> FakeCache:
+    return FakeCache(dict.fromkeys(fields), **changes)  # type: ignore[arg-type]
+
+
+def message(error: pytest.ExceptionInfo[EmkumError]) -> str:
+    return error.value.line()
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def test_the_five_recipes_ship() -> None:
+    assert shipped_recipes() == ["cls-mse", "image-kd", "itc-only", "ssmke", "text-kd"]
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_loads_and_comes_back_from_its_own_toml(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe_from_table(tomllib.loads(recipe.to_toml())) == recipe
+    assert recipe_from_table(recipe.to_json()) == recipe
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_shipped_recipe_opens_with_command_fields_cost_and_result(name: str) -> None:
+    head = (RECIPES_DIR / f"{name}.toml").read_text().split("\nkind =")[0]
+    assert f"emkum train --cache ./shards --recipe {name}" in head
+    for word in ("Reads", "Trains", "Costs", "Reaches"):
+        assert f"\n# {word} " in head
+
+
+def test_the_published_hyper_parameters_are_the_defaults() -> None:
+    recipe = load_recipe("ssmke")
+    assert recipe.terms == ("itc", "ctl")
+    optimiser = recipe.optimiser
+    assert (optimiser.lr, optimiser.encoder_lr, optimiser.betas, optimiser.eps) == (5e-4, 5e-5, (0.9, 0.98), 1e-6)
+    assert (optimiser.weight_decay, optimiser.schedule, optimiser.warmup) == (0.01, "cosine", 0.1)
+    assert (recipe.training.batch, recipe.training.epochs) == (256, 10)
+
+
+def test_a_file_of_ones_own_is_a_recipe_named_after_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('kind = "texts"\n[objectives.layers-mse]\nweight = 2\n')
+    recipe = load_recipe(path)
+    assert recipe.name == "mine"
+    assert recipe.objectives.layers_mse is not None
+    assert recipe.objectives.layers_mse.weight == 2.0
+
+
+# --- overrides ---------------------------------------------------------------------------------------------------
+
+
+def test_overrides_are_toml_values_and_bare_words_are_strings() -> None:
+    overrides = ["training.batch=64", "optimiser.betas=[0.8, 0.9]", "student.text_blocks=6", "data.captions=all"]
+    recipe = load_recipe("ssmke", [*overrides, "student.token_types=false", "objectives.ctl.bank=all"])
+    assert recipe.training.batch == 64
+    assert recipe.optimiser.betas == (0.8, 0.9)
+    assert recipe.student.text_blocks == 6
+    assert recipe.data.captions == "all"
+    assert recipe.student.token_types is False
+    assert recipe.objectives.ctl is not None
+    assert recipe.objectives.ctl.bank == "all"
+
+
+def test_an_objective_is_taken_out_with_none_and_put_in_by_any_of_its_keys() -> None:
+    assert load_recipe("ssmke", ["objectives.ctl=none"]).terms == ("itc",)
+    assert load_recipe("itc-only", ["objectives.cls-mse.weight=0.5"]).terms == ("itc", "cls_mse")
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "kind", "expected"),
+    [
+        ("smke", "", UnknownRecipe, "UnknownRecipe: no such recipe: smke (shipped: cls-mse, image-kd, itc-only, ssmke, "
+         "text-kd) | did you mean ssmke?"),
+        ("no.toml", "", UnknownRecipe, "UnknownRecipe: no such file: no.toml (shipped: "),
+        ("ssmke", "optimizer.lr=1", UnknownRecipe,
+         "UnknownRecipe: recipe ssmke has no key optimizer | did you mean optimiser?"),
+        ("ssmke", "optimiser.learning_rate=1", UnknownRecipe,
+         "UnknownRecipe: recipe ssmke has no key optimiser.learning_rate | keys there: lr, encoder_lr, "),
+        ("ssmke", "student.image_block=1", UnknownRecipe, "did you mean student.image_blocks?"),
+        ("ssmke", "optimiser.lr=-1", UsageError, "recipe ssmke: optimiser.lr = -1 is not within 0 and 1"),
+        ("ssmke", "training.batch=0", UsageError, "recipe ssmke: training.batch = 0 is not >= 1"),
+        ("ssmke", "training.batch=1.5", UsageError, "recipe ssmke: training.batch = 1.5 is not an integer"),
+        ("ssmke", "training.batch=true", UsageError, "recipe ssmke: training.batch = True is not an integer"),
+        ("ssmke", "data.captions=two", UsageError, "data.captions = 'two' is not 'one' or 'all'"),
+        ("ssmke", "student.text_blocks=-1", UsageError, "student.text_blocks = -1 is not >= 0"),
+        ("ssmke", "student.text_blocks=most", UsageError, "is not an integer or 'half' or 'all'"),
+        ("ssmke", "optimiser.betas=[1]", UsageError, "optimiser.betas = [1] is not 2 numbers"),
+        ("ssmke", "optimiser=5", UsageError, "recipe ssmke: optimiser = 5 is not a table | write [optimiser]"),
+        ("ssmke", "training", UsageError, "--set training is not path=value | for example --set training.batch=128"),
+        ("ssmke", "training.batch.size=5", UsageError, "--set training.batch.size=5: batch is a value, not a table"),
+        ("ssmke", "objectives.layers-mse.weight=1", UsageError,
+         "recipe ssmke: objectives.layers_mse is not for kind pairs | pairs take itc, ctl, cls_mse"),
+        ("itc-only", "objectives.itc=none", UsageError, "recipe itc-only has no objective | pairs take"),
+        ("image-kd", "objectives.itc.weight=1", UsageError, "objectives.itc is not for kind images"),
+        ("image-kd", "student.head_width=8", UsageError, "student.head_width is for pairs"),
+    ],
+)  # fmt: skip
+def test_what_is_said_about_a_recipe_that_is_wrong(
+    name: str, override: str, kind: type[EmkumError], expected: str
+) -> None:
+    with pytest.raises(kind) as error:
+        load_recipe(name, [override] if override else [])
+    assert expected in message(error)
+    assert error.value.exit_code == 2
+    assert error.value.way_out
+
+
+def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text("kind = pairs")
+    with pytest.raises(UsageError, match=r"bad\.toml is not TOML"):
+        load_recipe(path)
+
+
+# --- against a cache ---------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_only_fields_that_fit() -> None:
+    found = required_fields(load_recipe("ssmke"), cache(TOKENS, IDS, CLS, LAYERS))  # type: ignore[arg-type]
+    assert found == FieldNames(TOKENS, "dinov2-s", 6, IDS, CLS)
+    assert found.text_encoder == "minilm"
+    assert found.needed() == (TOKENS, IDS, CLS)
+    assert not found.live_prefix
+
+
+def test_a_recipe_without_teacher_needs_no_target() -> None:
+    assert required_fields(load_recipe("itc-only"), cache(TOKENS, IDS, CLS)).targets is None  # type: ignore[arg-type]
+
+
+def test_unimodal_recipes_need_one_modality() -> None:
+    everything = cache(TOKENS, IDS, CLS, LAYERS, TEXT_LAYERS, paired=False)
+    assert required_fields(load_recipe("image-kd"), everything).needed() == (TOKENS, LAYERS)  # type: ignore[arg-type]
+    assert required_fields(load_recipe("text-kd"), everything).needed() == (IDS, TEXT_LAYERS)  # type: ignore[arg-type]
+
+
+def test_crops_go_through_the_only_image_network_the_cache_keeps() -> None:
+    made = cache("image/crops-224", IDS, CLS, models=["dinov2-s", "minilm"])
+    found = required_fields(load_recipe("ssmke", ["data.cut=3"]), made)  # type: ignore[arg-type]
+    assert found == FieldNames("image/crops-224", "dinov2-s", 3, IDS, CLS)
+    assert found.live_prefix
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "made", "kind", "expected"),
+    [
+        ("ssmke", [], cache(TOKENS, IDS), MissingField,
+         "MissingField: recipe ssmke needs a teacher's cls targets; the cache shards has image/dinov2-s@6/tokens, "
+         "text/minilm/ids | make it: emkum extract --cache shards --split train --data <tars> "
+         "--teacher <image network> --targets cls"),
+        ("ssmke", [], cache(IDS, CLS), MissingField, "recipe ssmke needs image inputs; the cache shards has teacher/"),
+        ("ssmke", [], cache(TOKENS, CLS), MissingField, "needs token ids of the texts"),
+        ("text-kd", [], cache(IDS), MissingField, "--teacher <text network> --targets layers"),
+        ("image-kd", [], cache(), MissingField, "the cache shards has nothing"),
+        ("ssmke", ["data.targets=teacher/x/image/cls"], cache(TOKENS, IDS, CLS), MissingField,
+         "recipe ssmke reads teacher/x/image/cls; the cache shards has image/dinov2-s@6/tokens, teacher/dinov2-s/"),
+        ("ssmke", [], cache(TOKENS, IDS, CLS, "teacher/beit2/image/cls"), UsageError,
+         "UsageError: recipe ssmke: 2 fields fit data.targets: teacher/beit2/image/cls, teacher/dinov2-s/image/cls | "
+         "choose one: --set data.targets=teacher/beit2/image/cls"),
+        ("ssmke", [], cache(TOKENS, "image/dinov2-s@0/tokens", IDS, CLS), UsageError, "2 fields fit data.inputs"),
+        ("ssmke", [], cache("image/crops-224", IDS, CLS, models=["a", "b", "minilm"]), UsageError,
+         "the cache keeps 2 image networks (a, b) | choose one: --set data.encoder=NAME"),
+        ("ssmke", [], cache(TOKENS, IDS, CLS, paired=False), MissingCaptions,
+         "MissingCaptions: recipe ssmke trains on picture-caption pairs; split 'train' of shards has no captions of "
+         "pictures (splits: train)"),
+        ("ssmke", ["data.split=test"], cache(TOKENS, IDS, CLS), MissingCaptions,
+         "split 'test' of shards has no captions"),
+    ],
+)  # fmt: skip
+def test_what_is_said_when_recipe_and_cache_do_not_fit(
+    recipe: str, overrides: list[str], made: FakeCache, kind: type[EmkumError], expected: str
+) -> None:
+    with pytest.raises(kind) as error:
+        required_fields(load_recipe(recipe, overrides), made)  # type: ignore[arg-type]
+    assert expected in message(error)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (cache(TOKENS, IDS, CLS, LAYERS), "ssmke"),
+        (cache("image/crops-224", IDS, CLS), "ssmke"),
+        (cache(TOKENS, IDS), "itc-only"),
+        (cache(TOKENS, LAYERS), "image-kd"),
+        (cache(IDS, TEXT_LAYERS), "text-kd"),
+        (cache(TOKENS, IDS, CLS, LAYERS, paired=False), "image-kd"),
+    ],
+)
+def test_the_recipe_is_chosen_by_what_the_cache_has(made: FakeCache, expected: str) -> None:
+    name, why = choose_recipe(made)  # type: ignore[arg-type]
+    assert name == expected
+    assert why.startswith("the cache has ")
+
+
+def test_a_cache_that_no_recipe_fits_says_what_it_has() -> None:
+    with pytest.raises(UsageError, match=r"no shipped recipe fits the fields of shards: teacher/dinov2-s/image/cls"):
+        choose_recipe(cache(CLS))  # type: ignore[arg-type]
