@@ -311,6 +311,15 @@ def test_what_is_written_is_read_back_and_agrees_with_plain_zarr_and_the_plain_r
     np.testing.assert_array_equal(picked, stored)
 
 
+def test_a_shard_is_a_plain_array_that_memmap_reads(tmp_path: Path) -> None:
+    field = KINDS["tokens"]
+    values = np.random.default_rng(0).normal(size=(16, *field.row_shape)).astype(np.float32)
+    _write(tmp_path / "c", field, values)
+    path = tmp_path / "c" / object_path(field, field.array("values"), 0, 0)
+    rows = np.memmap(path, dtype=[("row", "<f2", field.row_shape), ("crc32c", "<u4")], mode="r", shape=16)
+    np.testing.assert_array_equal(rows["row"], Cache.open(tmp_path / "c").field(field.name).read(np.arange(16)))
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_our_metadata_is_the_golden_one(name: str) -> None:
     field = golden.FIELDS[name]

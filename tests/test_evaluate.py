@@ -3,16 +3,53 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tiny_cache import tiny_network
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from emkum.errors import BadPicture, InputDataError, NoData, NonFiniteFeature, UsageError
+from emkum.errors import (
+    BadPicture,
+    FingerprintMismatch,
+    IncompleteCache,
+    InputDataError,
+    MissingCaptions,
+    NoData,
+    NonFiniteFeature,
+    TooManyBadSamples,
+    UsageError,
+)
+from emkum.models.network import load_saved, normalise, save_network
+from emkum.shards.reader import Cache
+from emkum.stage1_extract.extract import extract
+from emkum.stage1_extract.plan import ExtractConfig
+from emkum.stage2_train.evaluate import run as run_module
 from emkum.stage2_train.evaluate.pictures import label_retrieval, labelled_sets, read_labelled
-from emkum.stage2_train.evaluate.texts import read_text_pairs, text_pair_retrieval
+from emkum.stage2_train.evaluate.retrieval import image_text_retrieval
+from emkum.stage2_train.evaluate.run import (
+    BEFORE,
+    STUDENT,
+    TEACHER,
+    Settings,
+    cache_features,
+    evaluate_cache,
+    evaluate_pictures,
+    evaluate_tars,
+    evaluate_texts,
+    merge_results,
+    table,
+    write_results,
+)
+from emkum.stage2_train.evaluate.texts import TextPairs, read_text_pairs, text_pair_retrieval
+from emkum.stage2_train.run_folder import LoadedRun, load_run
+from emkum.stage2_train.train import TrainConfig, train
 
 # --- label retrieval -------------------------------------------------------------------------------------
 
@@ -293,3 +330,344 @@ def test_the_real_files_hold_the_published_numbers_of_pairs(shared: Path) -> Non
     qqp = read_text_pairs(texts / "qqp_dev.tsv")
     assert len(qqp) == 729
     assert qqp.num_broken == 0
+
+
+# --- whole runs ------------------------------------------------------------------------------------------
+
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "red", "blue", "green", "square", "circle", "on", "left", "of", "big"]
+
+
+def jpeg(rng: np.random.Generator) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def pairs_tar(path: Path, num: int, seed: int, broken: tuple[int, ...] = (), captions: int = 2) -> Path:
+    rng = np.random.default_rng(seed)
+    members = []
+    for number in range(num):
+        lines = [" ".join(rng.choice(WORDS[4:], rng.integers(2, 9))) for _ in range(captions)]
+        picture = jpeg(rng)
+        members.append((f"{number:03d}.jpg", picture[:150] if number in broken else picture))
+        if captions:
+            members.append((f"{number:03d}.json", json.dumps({"captions": lines}).encode()))
+    return write_tar(path, members)
+
+
+def word_tokenizer() -> bytes:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return tokenizer.to_str().encode()
+
+
+@dataclass(frozen=True)
+class World:
+    """A cache of 24 + 12 random pictures made by stage 1 with tiny networks, and a run of each kind on it."""
+
+    root: Path
+    cache: Cache
+    pairs: LoadedRun
+    images: LoadedRun
+    texts: LoadedRun
+
+
+def extract_config(root: Path, split: str, cache: str = "cache") -> ExtractConfig:
+    return ExtractConfig(
+        teacher=(str(root / "vit"),),
+        data=(str(root / f"{split}.tar"),),
+        cache=root / cache,
+        split=split,
+        text_encoder=str(root / "bert"),
+        targets=("cls", "layers"),
+        cut=2,
+        size=16,
+        storage="float32",
+        compute="float32",
+        max_tokens=16,
+        rows_per_block=16,
+        device="cpu",
+    )
+
+
+def trained(root: Path, recipe: str, name: str, *overrides: str) -> LoadedRun:
+    wanted = ("training.epochs=2", "training.batch=8", *overrides)
+    run_dir = root / "runs" / name
+    train(
+        TrainConfig(root / "cache", recipe, wanted, run_dir, seed=3, precision="float32", device="cpu"), lambda _: None
+    )
+    return load_run(run_dir)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    save_network(tiny_network("vit", "image"), root / "vit")
+    save_network(replace(tiny_network("bert", "text"), tokenizer=word_tokenizer()), root / "bert")
+    for split, num, seed in (("train", 24, 0), ("val", 12, 1)):
+        pairs_tar(root / f"{split}.tar", num, seed)
+        config = extract_config(root, split)
+        extract(config, lambda _: None)
+        extract(replace(config, teacher=(str(root / "bert"),), text_encoder=None, targets=("layers",)), lambda _: None)
+    return World(
+        root,
+        Cache.open(root / "cache"),
+        trained(root, "ssmke", "pairs"),
+        trained(root, "image-kd", "images", "student.image_blocks=1"),
+        trained(root, "text-kd", "texts"),
+    )
+
+
+def one_by_one(world: World, run: LoadedRun, split: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Features of a split, each picture and each caption alone, unpadded: the slow oracle."""
+    cache = world.cache
+    tokens, ids = cache.field("image/vit@2/tokens"), cache.field("text/bert/ids")
+    rows = tokens.rows(split)
+    captions = cache.captions(split).to_pylist()
+    with torch.no_grad():
+        images = [run.student.encode_images(torch.from_numpy(tokens.values(rows[i : i + 1]))) for i in range(len(rows))]
+        texts = []
+        for caption in captions:
+            row = np.array([caption["text_row"]])
+            length = int(ids.lengths(row)[0])
+            text = torch.from_numpy(ids.read(row)[:, :length].astype(np.int64))
+            texts.append(run.student.encode_texts(text, torch.ones(1, length, dtype=torch.bool)))
+    owners = [int(np.searchsorted(rows, caption["image_row"])) for caption in captions]
+    return torch.cat([o.features_BD for o in images]), torch.cat([o.features_BD for o in texts]), owners
+
+
+def assert_same_retrieval(found: dict, expected: dict) -> None:
+    for way in ("image_to_text", "text_to_image"):
+        assert found[way] == expected[way]
+    assert found["mean"] == pytest.approx(expected["mean"])
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_cache_is_evaluated_as_row_by_row(world: World, split: str) -> None:
+    images, texts, owners = one_by_one(world, world.pairs, split)
+    features = cache_features(world.pairs, world.cache, split, Settings(batch_size=5))
+    np.testing.assert_allclose(features.images[STUDENT], images, atol=1e-5)
+    np.testing.assert_allclose(features.texts[STUDENT], texts, atol=1e-5)
+    assert features.image_of_text.tolist() == owners
+    found = evaluate_cache(world.pairs, split=split)["retrieval"]
+    assert_same_retrieval(found, image_text_retrieval(images, texts, owners))
+    assert (found["on"], found["pictures"], found["captions"]) == (f"split {split}", len(images), len(texts))
+    assert found["chance"]["text_to_image"]["R@5"] == pytest.approx(500 / len(images))
+
+
+def test_evaluation_gives_the_score_that_validation_gave(world: World) -> None:
+    found = evaluate_cache(world.pairs)["retrieval"]
+    assert world.pairs.info["score"]["name"] == "mean recall"
+    assert found["mean"] == pytest.approx(world.pairs.info["score"]["value"])
+
+
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_a_distilled_network_is_scored_by_its_loss(world: World, kind: str) -> None:
+    run = getattr(world, kind)
+    found = evaluate_cache(run, settings=Settings(batch_size=7, baselines=True))["distillation"]
+    # Validation weighs batches of texts by rows, not tokens: close, and equal for pictures.
+    assert found["layers_mse"] == pytest.approx(run.info["score"]["value"], rel=1e-5 if kind == "images" else 0.05)
+    assert found["rows"] == (12 if kind == "images" else 24)
+    before = found["baselines"][BEFORE]["layers_mse"]
+    assert found["layers_mse"] < before
+    assert f"{before:.4f}" in table({"distillation": found})
+
+
+def test_tars_end_to_end_give_what_the_cache_gives(world: World) -> None:
+    from_cache = evaluate_cache(world.pairs, settings=Settings(baselines=True))["retrieval"]
+    from_tars = evaluate_tars(
+        world.pairs, [str(world.root / "val.tar")], settings=Settings(baselines=True, batch_size=5)
+    )
+    assert_same_retrieval(from_tars["retrieval"], from_cache)
+    assert_same_retrieval(from_tars["retrieval"]["baselines"][BEFORE], from_cache["baselines"][BEFORE])
+    assert from_tars["retrieval"]["on"].endswith("val.tar")
+
+
+def test_broken_pictures_are_left_out_named_and_counted(world: World, tmp_path: Path) -> None:
+    tar = pairs_tar(tmp_path / "torn.tar", 10, 5, broken=(3, 7))
+    found = evaluate_tars(world.pairs, [str(tar)], settings=Settings(max_bad=0.2))["retrieval"]
+    assert (found["pictures"], found["captions"], found["distractors"]) == (8, 20, 4)
+    assert [line.split(":")[0] for line in found["quarantined"]] == ["torn.tar/003", "torn.tar/007"]
+    assert "2 pictures left out, the first: torn.tar/003" in table({"retrieval": found})
+    with pytest.raises(TooManyBadSamples, match="1 of 10 pictures cannot be used") as caught:
+        evaluate_tars(world.pairs, [str(tar)])
+    assert "--max-bad 0.2" in caught.value.way_out
+
+
+def test_quarantined_rows_of_the_cache_are_left_out_too(world: World, tmp_path: Path) -> None:
+    pairs_tar(tmp_path / "torn.tar", 10, 5, broken=(3,))
+    config = replace(extract_config(world.root, "torn"), data=(str(tmp_path / "torn.tar"),), cache=tmp_path / "cache")
+    extract(replace(config, max_bad=0.5), lambda _: None)
+    cache = Cache.open(tmp_path / "cache")
+    found = evaluate_cache(world.pairs, cache, "torn")["retrieval"]
+    assert (found["pictures"], found["captions"], found["distractors"]) == (9, 20, 2)
+    assert found["quarantined"][0].startswith("torn.tar/003: ")
+    # The same pictures end to end: the same distractors, the same numbers. (The split is not `train`: centre crops.)
+    direct = evaluate_tars(world.pairs, [str(tmp_path / "torn.tar")], settings=Settings(max_bad=0.5))["retrieval"]
+    assert_same_retrieval(direct, found)
+
+
+def test_what_cannot_be_evaluated_is_refused(world: World, tmp_path: Path) -> None:
+    bare = pairs_tar(tmp_path / "bare.tar", 4, 0, captions=0)
+    with pytest.raises(MissingCaptions, match="no captions in"):
+        evaluate_tars(world.pairs, [str(bare)])
+    texts = write_tar(tmp_path / "texts.tar", [("0.txt", b"a red square")])
+    with pytest.raises(NoData, match="no pictures in"):
+        evaluate_tars(world.pairs, [str(texts)])
+    with pytest.raises(UsageError, match="trained on images"):
+        evaluate_tars(world.images, [str(bare)])
+    with pytest.raises(UsageError, match="trained on texts only"):
+        evaluate_pictures(world.texts, read_labelled(write_npz(tmp_path / "tiny.npz")))
+    with pytest.raises(UsageError, match="trained on images only"):
+        evaluate_texts(world.images, TextPairs("t", ("a",), ("b",)))
+    with pytest.raises(UsageError, match="no split 'test'"):
+        evaluate_cache(world.pairs, split="test")
+    with pytest.raises(UsageError, match="--device abacus cannot be used here"):
+        evaluate_cache(world.pairs, settings=Settings(device="abacus"))
+    with pytest.raises(UsageError, match="batch size 0, None threads"):
+        Settings(batch_size=0)
+
+
+def test_a_cache_computed_otherwise_is_refused(world: World, tmp_path: Path) -> None:
+    config = replace(extract_config(world.root, "val"), cache=tmp_path / "cache", storage="float16")
+    extract(config, lambda _: None)
+    with pytest.raises(FingerprintMismatch, match="image/vit@2/tokens has fingerprint") as caught:
+        evaluate_cache(world.pairs, Cache.open(tmp_path / "cache"))
+    assert str(world.pairs.cache_path) in caught.value.way_out
+
+
+def test_an_unfinished_split_is_refused(world: World, tmp_path: Path) -> None:
+    config = replace(extract_config(world.root, "train"), cache=tmp_path / "cache")
+    extract(config, lambda _: None)
+    (tmp_path / "cache/_emkum/receipts/image/vit@2/tokens/000001-0.json").unlink()
+    with pytest.raises(IncompleteCache, match="lacks 1 blocks of split 'train'"):
+        evaluate_cache(world.pairs, Cache.open(tmp_path / "cache"), "train")
+
+
+# --- baselines -------------------------------------------------------------------------------------------
+
+
+def test_a_student_that_did_not_learn_is_its_own_baseline(world: World) -> None:
+    run = trained(world.root, "ssmke", "idle", "optimiser.lr=0.0", "optimiser.encoder_lr=0.0", "training.epochs=1")
+    features = cache_features(run, world.cache, "val", Settings(baselines=True))
+    np.testing.assert_array_equal(features.images[STUDENT], features.images[BEFORE])
+    np.testing.assert_array_equal(features.texts[STUDENT], features.texts[BEFORE])
+    found = evaluate_cache(run, settings=Settings(baselines=True))["retrieval"]
+    assert_same_retrieval(found, found["baselines"][BEFORE])
+    assert TEACHER not in found["baselines"]  # it reads no captions
+
+
+def test_label_retrieval_end_to_end_of_teacher_and_student(world: World, tmp_path: Path) -> None:
+    pictures = read_labelled(write_npz(tmp_path / "tiny.npz"))
+    found = evaluate_pictures(world.images, pictures, 24, settings=Settings(baselines=True, batch_size=4))
+    result = found["pictures"]["tiny"]
+    assert (result["bank"], result["queries"], result["classes"], result["size"]) == (6, 4, 3, 24)
+    vit = load_saved(world.root / "vit")
+    crops = [np.stack([part.crop(i, 24) for i in range(len(part))]) for part in (pictures.bank, pictures.queries)]
+    with torch.no_grad():
+        inputs = [normalise(vit, torch.from_numpy(crop)) for crop in crops]
+        final = [vit.backbone(images)[:, 0] for images in inputs]
+        tokens = [vit.backbone.run(vit.backbone.embed(images), 0, 2).hidden[-1] for images in inputs]
+        student = [world.images.student.encode_images(t).features_BD for t in tokens]
+    for name, (bank, queries) in {TEACHER: final, STUDENT: student}.items():
+        expected = label_retrieval(bank, pictures.bank.labels, queries, pictures.queries.labels)
+        numbers = result if name == STUDENT else result["baselines"][name]
+        assert numbers["test_to_train"] == expected["test_to_train"]
+        assert numbers["train_to_test"] == expected["train_to_test"]
+    assert result["chance"] == expected["chance"]
+    shown = table(found)
+    assert "label retrieval, tiny at 24 px: 4 queries, 6 in the bank" in shown
+    assert [line.split("  ")[1] for line in shown.splitlines()[3:]] == [STUDENT, BEFORE, TEACHER, "chance"]
+
+
+def test_the_size_of_pictures_must_fit_the_patches(world: World, tmp_path: Path) -> None:
+    pictures = read_labelled(write_npz(tmp_path / "tiny.npz"))
+    with pytest.raises(UsageError, match="20 x 20 px do not divide into patches of 8 px"):
+        evaluate_pictures(world.images, pictures, 20)
+    found = evaluate_pictures(world.images, pictures)["pictures"]["tiny"]
+    assert found["size"] == 16  # the cache's
+
+
+def test_a_broken_labelled_picture_is_left_out_with_its_label(world: World, tmp_path: Path) -> None:
+    bank = labelled_tar(tmp_path / "bank.tar", ["cat", "dog", "cat", "dog"], broken=1)
+    queries = labelled_tar(tmp_path / "queries.tar", ["cat", "dog"])
+    settings = Settings(max_bad=0.5)
+    found = evaluate_pictures(world.images, read_labelled(bank, queries), settings=settings)["pictures"]["bank"]
+    assert (found["bank"], found["queries"]) == (3, 2)
+    assert found["quarantined"][0].startswith("bank.tar 001: ")
+
+
+def test_text_pairs_end_to_end_of_teacher_and_student(world: World) -> None:
+    pairs = TextPairs("tiny", ("a red square", "a blue circle", "a big green"), ("red square", "a red square", "on a"))
+    found = evaluate_texts(world.texts, pairs, settings=Settings(baselines=True, batch_size=2))["texts"]["tiny"]
+    bert = load_saved(world.root / "bert")
+    encoder = Tokenizer.from_str(word_tokenizer().decode())
+    features: dict[str, list[torch.Tensor]] = {STUDENT: [], TEACHER: []}
+    for text in (*pairs.a, *pairs.b):
+        ids = torch.tensor([encoder.encode(text).ids])
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        with torch.no_grad():
+            features[STUDENT].append(world.texts.student.encode_texts(ids, mask).features_BD)
+            features[TEACHER].append(bert.backbone(ids, mask).mean(dim=1))  # text-kd pools the mean
+    for name, rows in features.items():
+        both = torch.cat(rows)
+        expected = text_pair_retrieval(both[:3], both[3:], pairs.a, pairs.b)
+        numbers = found if name == STUDENT else found["baselines"][name]
+        for key in ("1_to_2", "2_to_1", "same_text"):
+            assert numbers[key] == expected[key]
+    assert (found["pairs"], found["broken_lines"]) == (3, 0)
+
+
+def test_equal_texts_have_equal_features_whatever_their_neighbours(world: World) -> None:
+    contestants = run_module.Contestants(world.texts, world.cache, Settings(batch_size=3))
+    texts = ["a red square", "on left of a big blue circle", "a", "a red square", "a big circle", "a red square"]
+    features = run_module._encode_texts(contestants, texts, contestants.settings)[STUDENT]
+    assert (features[0] == features[3]).all()
+    assert (features[0] == features[5]).all()
+
+
+# --- results ---------------------------------------------------------------------------------------------
+
+
+def test_results_are_merged_into_the_run_folder(tmp_path: Path) -> None:
+    path = write_results(tmp_path, {"retrieval": {"mean": 1.0}, "pictures": {"cifar10": {"mean": 2.0}}})
+    write_results(tmp_path, {"pictures": {"cifar100": {"mean": 3.0}}, "texts": {"qqp": {"mean": 4.0}}})
+    write_results(tmp_path, {"retrieval": {"mean": 5.0}})
+    assert json.loads(path.read_text()) == {
+        "retrieval": {"mean": 5.0},
+        "pictures": {"cifar10": {"mean": 2.0}, "cifar100": {"mean": 3.0}},
+        "texts": {"qqp": {"mean": 4.0}},
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_a_damaged_results_file_is_replaced(tmp_path: Path) -> None:
+    for damaged in ("{", "[1]", "\xff"):
+        (tmp_path / "evaluation.json").write_bytes(damaged.encode("latin-1"))
+        write_results(tmp_path, {"retrieval": {"mean": 5.0}})
+        assert json.loads((tmp_path / "evaluation.json").read_text()) == {"retrieval": {"mean": 5.0}}
+
+
+def test_merging_leaves_its_arguments_alone() -> None:
+    first = {"pictures": {"a": 1}}
+    assert merge_results(first, {"pictures": {"b": 2}}) == {"pictures": {"a": 1, "b": 2}}
+    assert first == {"pictures": {"a": 1}}
+
+
+def test_the_results_are_json(world: World, tmp_path: Path) -> None:
+    settings = Settings(baselines=True)
+    pairs = TextPairs("tiny", ("a red", "a blue"), ("red", "blue"))
+    results = merge_results(
+        evaluate_cache(world.pairs, settings=settings),
+        evaluate_pictures(world.pairs, read_labelled(write_npz(tmp_path / "tiny.npz")), settings=settings),
+        evaluate_texts(world.pairs, pairs, settings=settings),
+    )
+    assert json.loads(write_results(tmp_path, results).read_text()) == results
+    assert list(results["retrieval"])[:2] == ["image_to_text", "text_to_image"]
+    assert list(results["retrieval"]["image_to_text"]) == ["R@1", "R@5", "R@10"]
+    shown = table(results)
+    assert shown.count(STUDENT) >= 3
+    assert max(len(line) for line in shown.splitlines()) <= 100

@@ -16,9 +16,7 @@ from emkum.models.backbone import Backbone, BackboneSpec, BlockStack, StackSpec
 from emkum.models.blocks import Block, BlockSpec
 from emkum.models.positions import RelativeBias, interpolate_positions, relative_index
 
-IMAGE = BackboneSpec(
-    "vit", "image", depth=4, width=16, heads=2, mlp_width=24, patch=4, image_size=20, layer_scale=True
-)
+IMAGE = BackboneSpec("vit", "image", depth=4, width=16, heads=2, mlp_width=24, patch=4, image_size=20, layer_scale=True)
 BEIT = dataclasses.replace(IMAGE, family="beit", position="none", relative_bias="per_block", qkv_bias="qv")
 TEXT = BackboneSpec(
     "bert",
@@ -242,6 +240,19 @@ def test_a_row_of_pads_alone_gives_no_nan() -> None:
     mask = torch.zeros(2, 8, dtype=torch.bool)
     mask[0] = True
     assert bool(backbone(torch.ones(2, 8, dtype=torch.int32), mask).isfinite().all())
+
+
+@pytest.mark.parametrize("spec", [IMAGE, BEIT, TEXT], ids=["vit", "beit", "bert"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_asking_for_the_first_tokens_of_the_last_block_gives_the_same_numbers(spec: BackboneSpec, queries: int) -> None:
+    stack = random_backbone(spec).stack
+    tokens = torch.randn(2, 26, 16, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(26) < torch.tensor([[26], [9]])
+    whole, few = stack.run(tokens, mask_BT=mask), stack.run(tokens, mask_BT=mask, queries=queries)
+    for one, other in zip([whole.hidden[-1], whole.ffn[-1]], [few.hidden[-1], few.ffn[-1]], strict=True):
+        assert other.shape == (2, queries, 16)
+        torch.testing.assert_close(other, one[:, :queries])
+    assert torch.equal(few.hidden[0], whole.hidden[0])
 
 
 def test_a_mask_and_a_bias_work_together() -> None:

@@ -73,9 +73,7 @@ IMAGES = {
     "vit-no-qkv-bias": Case(lambda: vit(qkv_bias=False), "layers.{}.mlp", flag=True),
     "dinov2": Case(dinov2, "encoder.layer.{}.mlp"),
     "dinov2-registers": Case(dinov2_registers, "encoder.layer.{}.mlp"),
-    "beit-per-block": Case(
-        lambda: beit(use_relative_position_bias=True, use_mean_pooling=False), "layers.{}.mlp"
-    ),
+    "beit-per-block": Case(lambda: beit(use_relative_position_bias=True, use_mean_pooling=False), "layers.{}.mlp"),
     "beit-shared": Case(lambda: beit(**SHARED, use_mask_token=True), "layers.{}.mlp"),
     "beit-absolute-no-scale": Case(
         lambda: beit(use_absolute_position_embeddings=True, use_mean_pooling=True, layer_scale_init_value=0.0),
@@ -102,7 +100,7 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
         noise = torch.randn(tensor.shape, generator=generator)
         if "running_var" in name:
             tensor.copy_(noise.abs() + 0.5)
-        elif tensor.ndim <= 1 and ("norm" in name.lower() and name.endswith("weight") or "lambda" in name):
+        elif tensor.ndim <= 1 and (("norm" in name.lower() and name.endswith("weight")) or "lambda" in name):
             tensor.copy_(0.8 + 0.3 * noise)
         else:
             tensor.copy_(noise * (0.3 if tensor.ndim != 2 else 0.2))
@@ -388,7 +386,7 @@ def test_a_missing_a_left_over_and_a_misshapen_tensor_are_each_named(tmp_path: P
         saved(model, tmp_path / "d"),
         lambda s: s.update({"encoder.layer.0.mlp.fc1.weight": s["encoder.layer.0.mlp.fc1.weight"].T.contiguous()}),
     )
-    with pytest.raises(UnsupportedNetwork, match="fc1.weight has shape"):
+    with pytest.raises(UnsupportedNetwork, match=r"fc1\.weight has shape"):
         load_network(transposed)
 
 

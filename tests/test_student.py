@@ -44,7 +44,8 @@ def test_it_starts_as_the_encoders_blocks_after_the_cut() -> None:
     own = student.encode_images(tokens()).hidden
     frozen = encoder.backbone.run(tokens(), 1, 3).hidden  # type: ignore[operator]
     assert len(own) == 2
-    assert all(torch.equal(a, b) for a, b in zip(own, frozen, strict=True))
+    # Not bit for bit: attention takes another path where gradients are recorded.
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(own, frozen, strict=True))
 
 
 def test_its_text_side_starts_as_the_text_encoder() -> None:
@@ -54,7 +55,7 @@ def test_its_text_side_starts_as_the_text_encoder() -> None:
     backbone = encoder.backbone
     frozen = backbone.run(backbone.embed(ids, mask), 0, 2, mask).hidden  # type: ignore[operator]
     assert len(own) == 2
-    assert all(torch.equal(a[mask], b[mask]) for a, b in zip(own, frozen, strict=True))
+    assert all(torch.allclose(a[mask], b[mask], atol=1e-5) for a, b in zip(own, frozen, strict=True))
 
 
 @pytest.mark.parametrize(

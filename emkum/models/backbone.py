@@ -79,9 +79,10 @@ class BlockStack(nn.Module):
         stop: int | None = None,
         *,
         grid: Grid | None = None,
+        queries: int | None = None,
     ) -> list[Tensor]:
         """The tokens [B, T, D] after each of the blocks start..stop (exclusive). Arguments as in `run`."""
-        return self.run(tokens_BTD, start, stop, mask_BT, grid=grid).hidden
+        return self.run(tokens_BTD, start, stop, mask_BT, grid=grid, queries=queries).hidden
 
     def run(
         self,
@@ -91,11 +92,13 @@ class BlockStack(nn.Module):
         mask_BT: Tensor | None = None,
         *,
         grid: Grid | None = None,
+        queries: int | None = None,
     ) -> BlocksOut:
         """Blocks start..stop (exclusive; None: to the end).
 
         mask_BT: bool, True = a real token. grid: rows and columns of patches, for blocks with a relative bias; a square
-        is assumed. Everything returned stays in memory as long as the result is held.
+        is assumed. queries: of the last block, hand out the first so many tokens only. Everything returned stays in
+        memory as long as the result is held.
         """
         stop = self.depth if stop is None else stop
         if not 0 <= start <= stop <= self.depth:
@@ -109,10 +112,11 @@ class BlockStack(nn.Module):
             bias = None
             if self.biases and grid is not None:
                 bias = self.biases[index % len(self.biases)](grid, compute_dtype(block.qkv.weight))
+            kept = queries if index == stop - 1 else None
             if self.checkpointing and torch.is_grad_enabled():
-                tokens_BTD, ffn_BTD = checkpoint(block, tokens_BTD, bias, mask_BT, use_reentrant=False)
+                tokens_BTD, ffn_BTD = checkpoint(block, tokens_BTD, bias, mask_BT, kept, use_reentrant=False)
             else:
-                tokens_BTD, ffn_BTD = block(tokens_BTD, bias, mask_BT)
+                tokens_BTD, ffn_BTD = block(tokens_BTD, bias, mask_BT, kept)
             out.hidden.append(tokens_BTD)
             out.ffn.append(ffn_BTD)
         return out

@@ -100,44 +100,69 @@ class Block(nn.Module):
         self.scale2 = nn.Parameter(torch.ones(width)) if spec.layer_scale else None
 
     def forward(
-        self, tokens_BTD: Tensor, bias: Tensor | None = None, mask_BT: Tensor | None = None
+        self,
+        tokens_BTD: Tensor,
+        bias: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+        queries: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The tokens after the block, and the output of its feed-forward network before LayerScale and residual.
 
         bias: added to the attention logits, [1 or B, H, T, T]. mask_BT: bool, True = a real token; others are not
-        attended to (their own outputs are meaningless).
+        attended to (their own outputs are meaningless). queries: only the first so many tokens come out, the same
+        numbers for a sixth of the work where that is the CLS token alone.
         """
         if self.spec.norm_order == "pre":
-            attended = self.attend(self.norm1(tokens_BTD), bias, mask_BT)
-            tokens_BTD = add_scaled(tokens_BTD, self._drop(attended), self.scale1)
+            attended = self.attend(self.norm1(tokens_BTD), bias, mask_BT, queries)
+            tokens_BTD = add_scaled(tokens_BTD[:, :queries], self._drop(attended), self.scale1)
             ffn_BTD = self.feed_forward(self.norm2(tokens_BTD))
             return add_scaled(tokens_BTD, self._drop(ffn_BTD), self.scale2), ffn_BTD
-        attended = self.attend(tokens_BTD, bias, mask_BT)
-        tokens_BTD = self.norm1(add_scaled(tokens_BTD, self._drop(attended), self.scale1))
+        attended = self.attend(tokens_BTD, bias, mask_BT, queries)
+        tokens_BTD = self.norm1(add_scaled(tokens_BTD[:, :queries], self._drop(attended), self.scale1))
         ffn_BTD = self.feed_forward(tokens_BTD)
         return self.norm2(add_scaled(tokens_BTD, self._drop(ffn_BTD), self.scale2)), ffn_BTD
 
-    def attend(self, tokens_BTD: Tensor, bias: Tensor | None, mask_BT: Tensor | None) -> Tensor:
-        """Multi-head self-attention with its output projection, [B, T, D]."""
-        batch, num_tokens, width = tokens_BTD.shape
+    def attend(
+        self, tokens_BTD: Tensor, bias: Tensor | None, mask_BT: Tensor | None, queries: int | None = None
+    ) -> Tensor:
+        """Multi-head self-attention with its output projection, [B, T, D]; of the first `queries` tokens, if given."""
+        batch, _, width = tokens_BTD.shape
         weight = self.qkv.weight
+        qkv_bias: Tensor | None = self.qkv.bias
         if self.spec.qkv_bias == "qv":
             qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(weight.dtype)
-            qkv = F.linear(in_type_of(weight, tokens_BTD), weight, qkv_bias)
+        x = in_type_of(weight, tokens_BTD)
+        if queries is None:
+            q, k, v = self._heads(F.linear(x, weight, qkv_bias), 3)
         else:
-            qkv = self.qkv(tokens_BTD)
-        q, k, v = qkv.view(batch, num_tokens, 3, self.spec.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        attended_BHTC = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask(bias, mask_BT, q.dtype))
-        projected_BTD: Tensor = self.proj(attended_BHTC.transpose(1, 2).reshape(batch, num_tokens, width))
+            q_bias, kv_bias = (None, None) if qkv_bias is None else (qkv_bias[:width], qkv_bias[width:])
+            (q,) = self._heads(F.linear(x[:, :queries], weight[:width], q_bias), 1)
+            k, v = self._heads(F.linear(x, weight[width:], kv_bias), 2)
+            bias = None if bias is None else bias[:, :, :queries]
+        attended_BHTC = attention(q, k, v, attention_mask(bias, mask_BT, q.dtype))
+        projected_BTD: Tensor = self.proj(attended_BHTC.transpose(1, 2).reshape(batch, -1, width))
         return projected_BTD
+
+    def _heads(self, projected: Tensor, count: int) -> tuple[Tensor, ...]:
+        """[B, T, count * D] -> `count` tensors [B, H, T, D / H]."""
+        batch, num_tokens, _ = projected.shape
+        return projected.view(batch, num_tokens, count, self.spec.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
     def feed_forward(self, tokens_BTD: Tensor) -> Tensor:
         """The two-layer network, [B, T, D]."""
-        ffn_BTD: Tensor = self.fc2(ACTIVATIONS[self.spec.activation](self.fc1(tokens_BTD)))
+        ffn_BTD: Tensor = self.fc2(activated(self.fc1(tokens_BTD), self.spec.activation))
         return ffn_BTD
 
     def _drop(self, tokens_BTD: Tensor) -> Tensor:
         return F.dropout(tokens_BTD, self.spec.dropout, self.training) if self.spec.dropout else tokens_BTD
+
+
+def activated(x: Tensor, activation: Activation) -> Tensor:
+    """The activation of x, written over it where no gradient needs it: it is the largest tensor of a block."""
+    if not x.requires_grad and activation in ("gelu", "gelu_tanh"):
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        return torch.ops.aten.gelu_(x, approximate=approximate)
+    return ACTIVATIONS[activation](x)
 
 
 def add_scaled(tokens_BTD: Tensor, update_BTD: Tensor, scale_D: Tensor | None) -> Tensor:
@@ -145,6 +170,20 @@ def add_scaled(tokens_BTD: Tensor, update_BTD: Tensor, scale_D: Tensor | None) -
     if scale_D is None:
         return tokens_BTD + update_BTD
     return torch.addcmul(tokens_BTD, update_BTD, scale_D)
+
+
+def attention(q_BHTC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention, [B, H, T, C]. mask: bool (True = attend) or added to the logits.
+
+    On the CPU the backward pass of torch's fused kernel takes 3 to 16 times as long as these four lines (torch 2.13,
+    docs/benchmarks.md), so training there goes without it.
+    """
+    if q_BHTC.device.type != "cpu" or not (torch.is_grad_enabled() and k_BHSC.requires_grad):
+        return F.scaled_dot_product_attention(q_BHTC, k_BHSC, v_BHSC, attn_mask=mask)
+    logits_BHTS = (q_BHTC * q_BHTC.shape[-1] ** -0.5) @ k_BHSC.transpose(-1, -2)
+    if mask is not None:
+        logits_BHTS = logits_BHTS.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits_BHTS + mask
+    return logits_BHTS.softmax(dim=-1).to(v_BHSC.dtype) @ v_BHSC
 
 
 def attention_mask(bias: Tensor | None, mask_BT: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -141,7 +141,7 @@ def load_network(source: str, *, name: str | None = None, offline: bool | None =
     elif os.path.exists(path := os.path.expanduser(source)):
         network = _read(Path(path), source, "", _name_of_path(Path(path)))
     elif _HUB_ID.fullmatch(source):
-        fetched = fetch.from_hub(source, stay_offline)
+        fetched = _from_hub_or_folder(source, stay_offline)
         hub_name = network_name(source.partition("@")[0].split("/")[1])
         network = _read(fetched.path, source.partition("@")[0], fetched.revision, hub_name)
     else:
@@ -174,6 +174,14 @@ def _fetch_entry(entry: CatalogueEntry, asked: str, offline: bool) -> tuple[fetc
         if install:
             raise WeightsUnavailable(error.what, f"{install}; or, {error.way_out}") from error
         raise
+
+
+def _from_hub_or_folder(source: str, offline: bool) -> fetch.Fetched:
+    """A path that was mistyped looks like a hub id: then the message names both."""
+    try:
+        return fetch.from_hub(source, offline)
+    except (WeightsUnavailable, UnknownNetwork) as error:
+        raise type(error)(f"{source} is no folder here; {error.what}", error.way_out) from error
 
 
 def _unknown(source: str) -> UnknownNetwork:

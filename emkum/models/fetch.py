@@ -216,5 +216,5 @@ def _installed_version(distribution: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
+    text = str(getattr(error, "reason", error)).strip() or type(error).__name__
     return text.splitlines()[0][:200]

@@ -71,6 +71,9 @@ class ResNetSpec:
 class FrozenBatchNorm(nn.Module):
     """Batch norm with the statistics of the training, which never change."""
 
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, num_channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(num_channels))

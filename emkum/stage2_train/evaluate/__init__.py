@@ -1,0 +1,1 @@
+"""Measuring a student: retrieval between pictures and captions, among pictures, among texts."""

@@ -1,0 +1,173 @@
+"""What one batch costs: the recipe's objectives on the student's outputs, weighed and summed.
+
+B batch, T tokens, L text tokens, D width, N candidates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emkum.models import targets
+from emkum.stage2_train.loader import Batch, BatchSource, SampleTable
+from emkum.stage2_train.objectives.cls_mse import cls_mse
+from emkum.stage2_train.objectives.ctl import FifoBank, WholeBank, ctl
+from emkum.stage2_train.objectives.itc import Contrast, itc, start_log_scale
+from emkum.stage2_train.objectives.layers_mse import layers_mse
+from emkum.stage2_train.recipe import Recipe
+from emkum.stage2_train.student import Student
+
+AUTO_BANK_ROWS = 65_536  # THESIS.md section 2: the FIFO of `ctl`
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The weighted sum that is minimised, and what is logged beside it, each a scalar on the device."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Terms(nn.Module):
+    """What the objectives learn or remember: log-scales, the bank of targets."""
+
+    def __init__(self, recipe: Recipe, bank: FifoBank | WholeBank | None) -> None:
+        super().__init__()
+        wanted = recipe.objectives
+        self.itc_log_scale = _log_scale(wanted.itc.temperature) if wanted.itc else None
+        self.ctl_log_scale = _log_scale(wanted.ctl.temperature) if wanted.ctl else None
+        self.bank = bank
+
+
+def make_bank(
+    recipe: Recipe, table: SampleTable, source: BatchSource, width: int | None
+) -> FifoBank | WholeBank | None:
+    """The bank of `ctl` as the recipe asks for it; None without `ctl`. width: channels of a target."""
+    if recipe.objectives.ctl is None or width is None:
+        return None
+    wanted, rows = recipe.objectives.ctl.bank, table.num_samples * table.num_views
+    if wanted == "all" or (wanted == "auto" and rows <= AUTO_BANK_ROWS):
+        assert table.image_rows_N is not None
+        rows_N = torch.from_numpy(table.image_rows_N)
+        return WholeBank(rows_N, source.all_targets(), fresh=source.fresh_targets)
+    # More than the split holds would only repeat rows.
+    return FifoBank(min(AUTO_BANK_ROWS if isinstance(wanted, str) else wanted, rows), width)
+
+
+def bank_in_words(bank: FifoBank | WholeBank | None) -> str:
+    """For the summary."""
+    if isinstance(bank, WholeBank):
+        return f"all {len(bank.targets_GD):,} targets of the split"
+    return f"the last {bank.capacity:,} targets" if bank is not None else ""
+
+
+def _log_scale(temperature: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(start_log_scale(temperature)))
+
+
+def pair_losses(student: Student, terms: Terms, recipe: Recipe, batch: Batch) -> Losses:
+    """Pictures and captions: itc, ctl and cls-mse, weighted as the recipe says. Fills the bank."""
+    assert batch.tokens_BTD is not None
+    assert batch.ids_BL is not None
+    assert batch.mask_BL is not None
+    assert batch.image_rows_B is not None
+    assert batch.views_B is not None
+    images_BD = student.encode_images(batch.tokens_BTD).features_BD
+    texts_BD = student.encode_texts(batch.ids_BL, batch.mask_BL).features_BD
+    wanted, parts, total = recipe.objectives, {}, torch.zeros((), device=images_BD.device)
+    if wanted.itc and terms.itc_log_scale is not None:
+        contrast = itc(images_BD, texts_BD, terms.itc_log_scale, batch.image_rows_B)
+        total = total + wanted.itc.weight * contrast.loss
+        parts.update(_contrast_parts("itc", contrast, terms.itc_log_scale))
+    if wanted.ctl and terms.ctl_log_scale is not None and terms.bank is not None and batch.targets is not None:
+        candidates_ND, rows_N, labels_B = terms.bank.candidates(batch.targets, batch.image_rows_B, batch.views_B)
+        contrast = ctl(images_BD, texts_BD, candidates_ND, rows_N, labels_B, batch.image_rows_B, terms.ctl_log_scale)
+        total = total + wanted.ctl.weight * contrast.loss
+        parts.update(_contrast_parts("ctl", contrast, terms.ctl_log_scale))
+        terms.bank.push(batch.targets, batch.image_rows_B)
+    if wanted.cls_mse and batch.targets is not None:
+        regression = cls_mse(images_BD, texts_BD, batch.targets)
+        total = total + wanted.cls_mse.weight * regression.loss
+        parts["cls_mse"] = regression.loss
+        parts["cls_mse_image"], parts["cls_mse_text"] = regression.image_loss, regression.text_loss
+    return Losses(total, parts)
+
+
+def _contrast_parts(name: str, contrast: Contrast, log_scale: Tensor) -> dict[str, Tensor]:
+    return {
+        name: contrast.loss,
+        f"{name}_image": contrast.image_loss,
+        f"{name}_text": contrast.text_loss,
+        f"{name}_image_accuracy": contrast.image_accuracy,
+        f"{name}_text_accuracy": contrast.text_accuracy,
+        f"{name}_scale": log_scale.exp(),
+    }
+
+
+def token_losses(student: Student, recipe: Recipe, batch: Batch) -> Losses:
+    """Pictures or texts alone: layers-mse at every token."""
+    assert recipe.objectives.layers_mse is not None
+    assert batch.targets is not None
+    if batch.tokens_BTD is not None:
+        hidden = student.encode_images(batch.tokens_BTD).hidden
+        predicted_BTD = targets.layers(hidden, None, final_layer_norm=True)
+    else:
+        assert batch.ids_BL is not None
+        hidden = student.encode_texts(batch.ids_BL, batch.mask_BL).hidden  # type: ignore[arg-type]
+        predicted_BTD = targets.layers(hidden, batch.mask_BL, final_layer_norm=False)
+    loss = layers_mse(predicted_BTD, batch.targets, batch.mask_BL)
+    return Losses(recipe.objectives.layers_mse.weight * loss, {"layers_mse": loss})
+
+
+def part_names(recipe: Recipe) -> list[str]:
+    """Names of everything `step_losses` gives for the recipe, "loss" first: the columns of the log."""
+    names = ["loss"]
+    for term in recipe.terms:
+        halves = ["", "_image", "_text"] if term != "layers_mse" else [""]
+        if term in ("itc", "ctl"):
+            halves += ["_image_accuracy", "_text_accuracy", "_scale"]
+        names += [term + half for half in halves]
+    return names
+
+
+def autocast(compute: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products in `compute`; norms, softmax and losses in float32."""
+    if compute == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, compute))
+
+
+def step_losses(student: Student, terms: Terms, recipe: Recipe, batch: Batch) -> Losses:
+    """The losses of one batch of the recipe's kind."""
+    if recipe.kind == "pairs":
+        return pair_losses(student, terms, recipe, batch)
+    return token_losses(student, recipe, batch)
+
+
+class Journal:
+    """Sums of logged scalars on the device, read once every few steps: the loop never waits for the device."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._sums: Tensor | None = None
+        self._count = 0
+
+    def add(self, parts: Mapping[str, Tensor]) -> None:
+        """One step's scalars, the same names each time."""
+        self.names = list(parts)
+        values = torch.stack([part.detach().float() for part in parts.values()])
+        self._sums = values if self._sums is None else self._sums + values
+        self._count += 1
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call. Waits for the device."""
+        if self._sums is None:
+            return {}
+        means = (self._sums / self._count).tolist()
+        self._sums, self._count = None, 0
+        return dict(zip(self.names, means, strict=True))

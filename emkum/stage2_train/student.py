@@ -1,0 +1,402 @@
+"""The student: pretrained blocks of each modality, shared blocks, and a head; rebuilt from its spec alone.
+
+B batch, T tokens, L text tokens, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from emkum.errors import UsageError
+from emkum.models.backbone import Backbone, BackboneSpec, BlockStack, StackSpec, TextEmbedding
+from emkum.models.network import Network
+from emkum.stage2_train.recipe import Blocks, FieldNames, Recipe
+
+Pooling = Literal["cls", "mean"]
+TOKEN_TYPE_SCALE = 1e-5  # THESIS.md section 1: LayerScale start of the token-type embedding
+
+
+@dataclass(frozen=True)
+class ImageSide:
+    """The student's blocks for pictures; they start from tokens of `encoder` at depth `cut`. None: no block."""
+
+    encoder: str
+    cut: int
+    num_prefix: int
+    stack: StackSpec | None
+    pooling: Pooling
+
+
+@dataclass(frozen=True)
+class TextSide:
+    """The student's embedding and blocks for texts, from the start of `encoder`; `width` is theirs."""
+
+    encoder: str
+    embedding: BackboneSpec
+    stack: StackSpec | None
+    pooling: Pooling
+
+    @property
+    def width(self) -> int:
+        return self.embedding.width
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """Everything that decides what a student computes, but its weights. JSON round trip by to_json and from_json.
+
+    width: of the image side, the shared blocks and the head's input. head_width None: no final norm and no head,
+    features are pooled from the last block (unimodal students).
+    """
+
+    image: ImageSide | None
+    text: TextSide | None
+    width: int
+    shared: StackSpec | None
+    token_types: bool
+    head_width: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types."""
+        return {"format": 1, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> StudentSpec:
+        """The inverse of `to_json`."""
+        image, text = found["image"], found["text"]
+        return cls(
+            image=ImageSide(**{**image, "stack": _stack_from(image["stack"])}) if image else None,
+            text=TextSide(
+                **{
+                    **text,
+                    "embedding": BackboneSpec.from_json(text["embedding"]),
+                    "stack": _stack_from(text["stack"]),
+                }
+            )
+            if text
+            else None,
+            width=found["width"],
+            shared=_stack_from(found["shared"]),
+            token_types=found["token_types"],
+            head_width=found["head_width"],
+        )
+
+
+def _stack_from(found: dict[str, Any] | None) -> StackSpec | None:
+    return StackSpec.from_json(found) if found else None
+
+
+@dataclass(frozen=True)
+class StudentOut:
+    """What the student makes of a batch of pictures or texts.
+
+    features_BD: for retrieval and contrast, not normalised. cls_BD: the first token after the last block (and final
+    norm). hidden: the tokens after every block of the student, shared ones included; where features are pooled from
+    CLS and nothing else is read, the last block hands out CLS alone, [B, 1, D].
+    """
+
+    features_BD: Tensor
+    cls_BD: Tensor
+    hidden: list[Tensor]
+
+
+class Student(nn.Module):
+    """A student of one or two modalities. Weights are random until `build_student` or `load_state_dict`."""
+
+    def __init__(self, spec: StudentSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.image_blocks = BlockStack(spec.image.stack) if spec.image and spec.image.stack else None
+        self.text_embedding = TextEmbedding(spec.text.embedding) if spec.text else None
+        self.text_blocks = BlockStack(spec.text.stack) if spec.text and spec.text.stack else None
+        self.text_projection = nn.Linear(spec.text.width, spec.width) if _projects(spec) and spec.text else None
+        self.token_types = nn.Parameter(torch.zeros(2, spec.width)) if spec.token_types else None
+        self.token_type_scale = nn.Parameter(torch.full((spec.width,), TOKEN_TYPE_SCALE)) if spec.token_types else None
+        self.shared_blocks = BlockStack(spec.shared) if spec.shared else None
+        self.norm = nn.LayerNorm(spec.width, eps=1e-6) if spec.head_width is not None else None
+        self.head = nn.Linear(spec.width, spec.head_width) if spec.head_width is not None else None
+
+    @property
+    def input_cut(self) -> int:
+        """The depth of the frozen encoder at which pictures come in."""
+        assert self.spec.image is not None
+        return self.spec.image.cut
+
+    @property
+    def image_encoder(self) -> str | None:
+        """The frozen network in front of the image side, by its name in the cache."""
+        return self.spec.image.encoder if self.spec.image else None
+
+    @property
+    def text_encoder(self) -> str | None:
+        """The network whose tokenizer, embedding and first blocks the text side has."""
+        return self.spec.text.encoder if self.spec.text else None
+
+    def encode_images(self, tokens_BTD: Tensor, *, grid: tuple[int, int] | None = None) -> StudentOut:
+        """Tokens of the frozen encoder at the cut, floating point -> features.
+
+        grid: rows and columns of patches, for blocks with a relative position bias; a square is assumed.
+        """
+        side = self.spec.image
+        if side is None:
+            raise ValueError("this student reads texts only")
+        queries = self._queries(side)
+        early = queries if self.shared_blocks is None else None
+        hidden = [] if self.image_blocks is None else self.image_blocks(tokens_BTD, grid=grid, queries=early)
+        last_BTD = self._through_shared(hidden[-1] if hidden else tokens_BTD, None, 0, hidden, queries)
+        pooled_BD = last_BTD[:, 0] if side.pooling == "cls" else last_BTD[:, side.num_prefix :].mean(dim=1)
+        return self._out(pooled_BD, last_BTD, hidden)
+
+    def encode_texts(self, ids_BL: Tensor, mask_BL: Tensor) -> StudentOut:
+        """Token ids, int64, and which of them are real, bool -> features. Pads change nothing."""
+        side = self.spec.text
+        if side is None or self.text_embedding is None:
+            raise ValueError("this student reads pictures only")
+        tokens_BLD = self.text_embedding(ids_BL, mask_BL)
+        queries = self._queries(side)
+        early = queries if self.shared_blocks is None else None
+        hidden = [] if self.text_blocks is None else self.text_blocks(tokens_BLD, mask_BL, queries=early)
+        tokens_BLD = hidden[-1] if hidden else tokens_BLD
+        if self.text_projection is not None:
+            tokens_BLD = self.text_projection(tokens_BLD)
+        last_BLD = self._through_shared(tokens_BLD, mask_BL, 1, hidden, queries)
+        pooled_BD = last_BLD[:, 0] if side.pooling == "cls" else masked_mean(last_BLD, mask_BL)
+        return self._out(pooled_BD, last_BLD, hidden)
+
+    def _queries(self, side: ImageSide | TextSide) -> int | None:
+        """Tokens needed of the last block: CLS alone where features are pooled from it, else all (None).
+
+        A student without a head learns from every token.
+        """
+        return 1 if self.head is not None and side.pooling == "cls" else None
+
+    def _through_shared(
+        self,
+        tokens_BTD: Tensor,
+        mask_BT: Tensor | None,
+        modality: int,
+        hidden: list[Tensor],
+        queries: int | None,
+    ) -> Tensor:
+        """Token type, shared blocks (appended to `hidden`), final norm."""
+        if self.token_types is not None and self.token_type_scale is not None:
+            tokens_BTD = tokens_BTD + self.token_type_scale * self.token_types[modality]
+        if self.shared_blocks is not None:
+            hidden += self.shared_blocks(tokens_BTD, mask_BT, queries=queries)
+            tokens_BTD = hidden[-1]
+        return tokens_BTD if self.norm is None else self.norm(tokens_BTD)
+
+    def _out(self, pooled_BD: Tensor, last_BTD: Tensor, hidden: list[Tensor]) -> StudentOut:
+        features_BD = pooled_BD if self.head is None else self.head(pooled_BD)
+        return StudentOut(features_BD, last_BTD[:, 0], hidden)
+
+    def checkpoint_activations(self, wanted: bool) -> None:
+        """Recompute activations in the backward pass: less memory, a third more time, the same numbers."""
+        for stack in (self.image_blocks, self.text_blocks, self.shared_blocks):
+            if stack is not None:
+                stack.checkpointing = wanted
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """The student's parameters by part, for the table and the optimiser's groups; only parts it has."""
+        named = {
+            "image blocks": self.image_blocks,
+            "text embedding": self.text_embedding,
+            "text blocks": self.text_blocks,
+            "text projection": self.text_projection,
+            "shared blocks": self.shared_blocks,
+            "final norm": self.norm,
+            "head": self.head,
+        }
+        parts = {name: list(module.parameters()) for name, module in named.items() if module is not None}
+        if self.token_types is not None and self.token_type_scale is not None:
+            parts["token types"] = [self.token_types, self.token_type_scale]
+        return parts
+
+
+PRETRAINED_PARTS = ("image blocks", "text embedding", "text blocks")
+
+
+def masked_mean(tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    """The mean of the real tokens [B, D]; zero where there is none."""
+    summed_BD = torch.where(mask_BL[..., None], tokens_BLD, tokens_BLD.new_zeros(())).sum(dim=1)
+    return summed_BD / mask_BL.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _projects(spec: StudentSpec) -> bool:
+    return spec.text is not None and spec.text.width != spec.width
+
+
+# --- from a recipe and the frozen networks -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PartCount:
+    """Numbers of one part of the student."""
+
+    part: str
+    trainable: int
+    frozen: int
+
+
+def parameter_table(student: Student) -> list[PartCount]:
+    """Trainable and frozen numbers of each part."""
+    return [
+        PartCount(
+            part,
+            sum(p.numel() for p in parameters if p.requires_grad),
+            sum(p.numel() for p in parameters if not p.requires_grad),
+        )
+        for part, parameters in student.parts().items()
+    ]
+
+
+def build_student(
+    recipe: Recipe,
+    names: FieldNames,
+    image_network: Network | None,
+    text_network: Network | None,
+    target_width: int | None,
+    seed: int,
+) -> Student:
+    """The recipe's student with its starting weights: blocks of the networks, the rest random from `seed`.
+
+    target_width: channels of the pooled target its features are compared with, if any.
+    Raises UsageError where the recipe asks for blocks the networks do not have.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = _random_student(student_spec(recipe, names, image_network, text_network, target_width), seed)
+    spec = student.spec
+    if image_network is not None and spec.image is not None and spec.image.stack is not None:
+        student.image_blocks = transformer(image_network).stack.take(spec.image.cut, spec.image.stack.depth)
+    if text_network is not None and student.text_embedding is not None and spec.text is not None:
+        backbone = transformer(text_network)
+        student.text_embedding.load_state_dict(backbone.embedding.state_dict())
+        if spec.text.stack is not None:
+            student.text_blocks = backbone.stack.take(0, spec.text.stack.depth)
+    freeze(student, recipe)
+    return student.float()
+
+
+def _random_student(spec: StudentSpec, seed: int) -> Student:
+    """Every part new: matrices truncated normal with deviation 0.02, biases 0."""
+    student = Student(spec)
+    for linear in (student.text_projection, student.head):
+        if linear is not None:
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+    if student.token_types is not None:
+        nn.init.trunc_normal_(student.token_types, std=0.02)
+    if spec.shared is not None:
+        block = spec.shared.block
+        ratio = block.mlp_width / block.width
+        student.shared_blocks = BlockStack.random(block.width, block.heads, spec.shared.depth, ratio, seed)
+    return student
+
+
+def student_spec(
+    recipe: Recipe,
+    names: FieldNames,
+    image_network: Network | None,
+    text_network: Network | None,
+    target_width: int | None,
+) -> StudentSpec:
+    """The spec of the recipe's student on these networks; raises as `build_student`."""
+    wanted, image, text = recipe.student, None, None
+    if image_network is not None:
+        backbone, left = transformer(image_network), image_network.depth - names.cut
+        blocks = _count(wanted.image_blocks, image_network.depth, names.cut, left, "image", image_network.name)
+        stack = dataclasses.replace(backbone.stack.spec, depth=blocks) if blocks else None
+        image = ImageSide(image_network.name, names.cut, image_network.num_prefix, stack, wanted.image_pooling)
+    if text_network is not None:
+        depth = text_network.depth
+        blocks = _count(wanted.text_blocks, depth, 0, depth, "text", text_network.name)
+        backbone = transformer(text_network)
+        stack = dataclasses.replace(backbone.stack.spec, depth=blocks) if blocks else None
+        text = TextSide(text_network.name, backbone.spec, stack, wanted.text_pooling)
+    width = image_network.width if image_network is not None else text_network.width if text_network else 0
+    shared = _shared_spec(recipe, width)
+    trained_blocks = shared or (image and image.stack) or (text and text.stack)
+    if not trained_blocks:
+        raise UsageError(
+            f"recipe {recipe.name}: a student without a block (cut {names.cut}, image_blocks "
+            f"{wanted.image_blocks!r}, shared_blocks 0)",
+            "ask for some: --set student.image_blocks=6",
+        )
+    _check_frozen(recipe, image, text)
+    head_width = None
+    if recipe.kind == "pairs":
+        head_width = (target_width or width) if wanted.head_width == "auto" else wanted.head_width
+    return StudentSpec(image, text, width, shared, wanted.token_types, head_width)
+
+
+def transformer(network: Network) -> Backbone:
+    """The network's Transformer. Raises UsageError for a convolutional one, which has no blocks to give."""
+    if not isinstance(network.backbone, Backbone):
+        raise UsageError(
+            f"{network.name} is a {network.family}, not a Transformer: no student can start from its blocks",
+            "extract with a Transformer as --encoder; a convolutional network can be the teacher",
+        )
+    return network.backbone
+
+
+def _count(wanted: Blocks, depth: int, cut: int, left: int, modality: str, network: str) -> int:
+    """How many blocks follow the cut; see StudentRecipe."""
+    if wanted == "all":
+        return left
+    if wanted == "half":
+        return max(0, depth // 2 - cut)
+    if wanted > left:
+        raise UsageError(
+            f"student.{modality}_blocks = {wanted}: {network} has {depth} blocks, {left} of them after cut {cut}",
+            f'use at most {left}: --set student.{modality}_blocks={left}, or "all"',
+        )
+    return wanted
+
+
+def _shared_spec(recipe: Recipe, width: int) -> StackSpec | None:
+    wanted = recipe.student
+    if not wanted.shared_blocks:
+        return None
+    heads = max(1, width // 64) if wanted.shared_heads == "auto" else wanted.shared_heads
+    if not heads or width % heads:
+        raise UsageError(
+            f"student.shared_heads = {heads} does not divide the student's width {width}",
+            "choose a divisor: --set student.shared_heads=...",
+        )
+    random = BlockStack.random(width, heads, 1, wanted.shared_mlp_ratio)
+    return dataclasses.replace(random.spec, depth=wanted.shared_blocks)
+
+
+def _check_frozen(recipe: Recipe, image: ImageSide | None, text: TextSide | None) -> None:
+    wanted = recipe.student
+    for modality, frozen, side in (
+        ("image", wanted.frozen_image_blocks, image),
+        ("text", wanted.frozen_text_blocks, text),
+    ):
+        there = side.stack.depth if side is not None and side.stack is not None else 0
+        if side is not None and frozen > there:
+            raise UsageError(
+                f"student.frozen_{modality}_blocks = {frozen}: the student has {there} {modality} blocks",
+                f"use at most {there}",
+            )
+
+
+def freeze(student: Student, recipe: Recipe) -> None:
+    """Take the gradient from what the recipe keeps as it is."""
+    student.requires_grad_(True)
+    if student.text_embedding is not None and not recipe.student.train_embeddings:
+        student.text_embedding.requires_grad_(False)
+    for stack, frozen in (
+        (student.image_blocks, recipe.student.frozen_image_blocks),
+        (student.text_blocks, recipe.student.frozen_text_blocks),
+    ):
+        if stack is not None and frozen:
+            stack.blocks[:frozen].requires_grad_(False)
+            if stack.spec.relative_bias == "per_block":
+                stack.biases[:frozen].requires_grad_(False)
