@@ -333,10 +333,15 @@ def demo(
     device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu. Default: cuda if there is one.")] = "auto",
 ) -> None:
     """All of it on generated data: draw scenes with captions, extract, train, evaluate, and write a page about it."""
+    from dataclasses import replace
+
     from emkum.demo import DemoConfig, run_demo
 
-    chosen = {"teacher": teacher, "text_encoder": text_encoder}
-    config = DemoConfig(folder=folder, device=device, **{k: v for k, v in chosen.items() if v is not None})
+    config = DemoConfig(folder=folder, device=device)
+    if teacher is not None:
+        config = replace(config, teacher=teacher)
+    if text_encoder is not None:
+        config = replace(config, text_encoder=text_encoder)
     report = run_demo(config, say=_say)
     print(report)
 

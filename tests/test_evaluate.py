@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_cache import tiny_network
+from tiny_cache import make_cache, tiny_network
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from emkum.errors import (
@@ -462,6 +462,17 @@ def test_evaluation_gives_the_score_that_validation_gave(world: World) -> None:
     found = evaluate_cache(world.pairs)["retrieval"]
     assert world.pairs.info["score"]["name"] == "mean recall"
     assert found["mean"] == pytest.approx(world.pairs.info["score"]["value"])
+
+
+def test_a_cache_of_crops_is_evaluated_through_the_frozen_network(tmp_path: Path) -> None:
+    make_cache(tmp_path / "cache", fields=("crops", "ids", "cls"))
+    wanted = ("training.epochs=1", "training.batch=8", "data.cut=2")
+    config = TrainConfig(tmp_path / "cache", "ssmke", wanted, tmp_path / "run", precision="float32", device="cpu")
+    train(config, lambda _: None)
+    run = load_run(tmp_path / "run")
+    found = evaluate_cache(run)["retrieval"]
+    assert found["mean"] == pytest.approx(run.info["score"]["value"])
+    assert (found["pictures"], found["captions"]) == (12, 24)
 
 
 @pytest.mark.parametrize("kind", ["images", "texts"])

@@ -110,12 +110,12 @@ def _named(network: Network) -> Network:
 @pytest.fixture
 def config(tmp_path: Path, networks: Path) -> ExtractConfig:
     """40 pictures in two tars, blocks of 16 rows, float32."""
-    (tmp_path / "data").mkdir()
-    make_tar(tmp_path / "data" / "a.tar", 24)
-    make_tar(tmp_path / "data" / "b.tar", 16, seed=1)
+    (tmp_path / "tars").mkdir()
+    make_tar(tmp_path / "tars" / "a.tar", 24)
+    make_tar(tmp_path / "tars" / "b.tar", 16, seed=1)
     return ExtractConfig(
         teacher=(str(networks / "vit"),),
-        data=(str(tmp_path / "data"),),
+        data=(str(tmp_path / "tars"),),
         cache=tmp_path / "cache",
         text_encoder=str(networks / "text"),
         cut=2,

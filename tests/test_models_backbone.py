@@ -255,6 +255,27 @@ def test_asking_for_the_first_tokens_of_the_last_block_gives_the_same_numbers(sp
     assert torch.equal(few.hidden[0], whole.hidden[0])
 
 
+@pytest.mark.parametrize("spec", [IMAGE, BEIT, TEXT], ids=["vit", "beit", "bert"])
+def test_training_computes_what_evaluation_does(spec: BackboneSpec) -> None:
+    """In training on a CPU attention is spelled out; in evaluation torch's fused kernel is used."""
+    taken = random_backbone(spec).stack.take(0, 2)
+    tokens = torch.randn(2, 26, 16, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(26) < torch.tensor([[26], [9]])
+    trained = taken.run(tokens, mask_BT=mask)
+    with torch.no_grad():
+        evaluated = taken.run(tokens, mask_BT=mask)
+    for one, other in zip(trained.hidden + trained.ffn, evaluated.hidden + evaluated.ffn, strict=True):
+        torch.testing.assert_close(one[mask], other[mask], atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_of_pads_alone_gives_no_nan_in_gradients_either() -> None:
+    taken = random_backbone(TEXT).stack.take(0, 2)
+    mask = torch.tensor([[True] * 8, [False] * 8])
+    hidden = taken(torch.randn(2, 8, 16), mask)[-1]
+    (hidden * mask[..., None]).sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in taken.parameters())
+
+
 def test_a_mask_and_a_bias_work_together() -> None:
     block = Block(BlockSpec(16, 2, 24)).eval()
     tokens, bias = torch.randn(2, 6, 16), torch.randn(1, 2, 6, 6)

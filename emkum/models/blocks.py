@@ -161,7 +161,8 @@ def activated(x: Tensor, activation: Activation) -> Tensor:
     """The activation of x, written over it where no gradient needs it: it is the largest tensor of a block."""
     if not x.requires_grad and activation in ("gelu", "gelu_tanh"):
         approximate = "tanh" if activation == "gelu_tanh" else "none"
-        return torch.ops.aten.gelu_(x, approximate=approximate)
+        overwritten: Tensor = torch.ops.aten.gelu_(x, approximate=approximate)
+        return overwritten
     return ACTIVATIONS[activation](x)
 
 
@@ -181,9 +182,13 @@ def attention(q_BHTC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, mask: Tensor | Non
     if q_BHTC.device.type != "cpu" or not (torch.is_grad_enabled() and k_BHSC.requires_grad):
         return F.scaled_dot_product_attention(q_BHTC, k_BHSC, v_BHSC, attn_mask=mask)
     logits_BHTS = (q_BHTC * q_BHTC.shape[-1] ** -0.5) @ k_BHSC.transpose(-1, -2)
-    if mask is not None:
-        logits_BHTS = logits_BHTS.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits_BHTS + mask
-    return logits_BHTS.softmax(dim=-1).to(v_BHSC.dtype) @ v_BHSC
+    if mask is not None and mask.dtype == torch.bool:
+        # The lowest number and not -inf: a row without any real token would give NaN, which the fused kernel does not.
+        logits_BHTS = logits_BHTS.masked_fill(~mask, torch.finfo(logits_BHTS.dtype).min)
+    elif mask is not None:
+        logits_BHTS = logits_BHTS + mask
+    attended_BHTC: Tensor = logits_BHTS.softmax(dim=-1).to(v_BHSC.dtype) @ v_BHSC
+    return attended_BHTC
 
 
 def attention_mask(bias: Tensor | None, mask_BT: Tensor | None, dtype: torch.dtype) -> Tensor | None:

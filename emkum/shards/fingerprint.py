@@ -25,6 +25,7 @@ class Fingerprint:
     format: int = FORMAT
     weights: str | None = None  # sha256 of the network's tensors
     family: str | None = None
+    architecture: str | None = None  # sha256 of the network's shape: eps, activation and the like, which weights lack
     output: str | None = None  # what of the network is kept: "block 6", "final norm, CLS", ...
     compute: str | None = None  # type of the matrix products: float32, bfloat16, float16
     size: int | None = None  # pixels, side of the square crop
@@ -45,6 +46,7 @@ class Fingerprint:
 
 _WORDS = {
     "weights": "weights with sha256",
+    "architecture": "architecture with sha256",
     "output": "output",
     "compute": "compute type",
     "size": "crop size",

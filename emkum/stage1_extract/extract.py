@@ -21,6 +21,7 @@ from emkum.models.passes import FrozenPass
 from emkum.models.tokenizer import text_ids
 from emkum.shards.audit import readable_bytes
 from emkum.shards.codec import Encoded, Summary, encode, summarise
+from emkum.shards.reader import Cache
 from emkum.shards.segments import read_captions
 from emkum.shards.writer import BlockWriter
 from emkum.stage1_extract.encode import encode_batch
@@ -69,8 +70,7 @@ def extract(config: ExtractConfig, say: Say = print) -> ExtractResult:
     with _Writing(plan) as writing:
         if text_tasks:
             with _Progress("captions", text_tasks) as progress:
-                for task in text_tasks:
-                    _extract_captions(plan, task, writing, progress)
+                _extract_captions(plan, text_tasks, writing, progress)
         if image_tasks:
             with _Progress("pictures", image_tasks) as progress:
                 _extract_pictures(plan, image_tasks, writing, progress, bad)
@@ -139,20 +139,23 @@ def _encode_pictures(
     return encoded
 
 
-def _extract_captions(plan: Plan, task: Task, writing: _Writing, progress: _Progress) -> None:
+def _extract_captions(plan: Plan, tasks: Sequence[Task], writing: _Writing, progress: _Progress) -> None:
     config = plan.config
-    assert plan.tokenizer is not None
-    table = read_captions(config.cache, task.segment)
-    table = table.slice(task.first_row - task.segment.text.first_row, task.rows)
-    captions, keys = table["caption"].to_pylist(), table["key"].to_pylist()
     statistics = _device_statistics(plan)
-    for first in range(0, task.rows, config.batch_size):
-        here = slice(first, first + config.batch_size)
-        with progress.waiting("forward"):
-            encoded = _encode_captions(plan, task, captions[here], keys[here], statistics)
-        with progress.waiting("write"):
-            writing.put_rows(task, encoded, last=here.stop >= task.rows)
-        progress.advance(len(captions[here]))
+    segment, table = None, None
+    for task in tasks:
+        if task.segment is not segment:
+            segment, table = task.segment, read_captions(config.cache, task.segment)
+        assert table is not None
+        rows = table.slice(task.first_row - task.segment.text.first_row, task.rows)
+        captions, keys = rows["caption"].to_pylist(), rows["key"].to_pylist()
+        for first in range(0, task.rows, config.batch_size):
+            here = slice(first, first + config.batch_size)
+            with progress.waiting("forward"):
+                encoded = _encode_captions(plan, task, captions[here], keys[here], statistics)
+            with progress.waiting("write"):
+                writing.put_rows(task, encoded, last=here.stop >= task.rows)
+            progress.advance(len(captions[here]))
 
 
 def _encode_captions(
@@ -294,8 +297,6 @@ def _add_moments(
 
 def _device_statistics(plan: Plan) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The recorded mean and std of int8 fields, on the device that computes them."""
-    from emkum.shards.reader import Cache
-
     names = [name for name, field in plan.fields.items() if field.spec.storage == "int8"]
     if not names:
         return {}

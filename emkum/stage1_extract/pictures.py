@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from emkum.errors import BadPicture, SourceChanged
 from emkum.shards.segments import Segment, read_samples
@@ -61,7 +62,7 @@ class PictureStream:
         self._window = 4 * batch_size + threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._handles: dict[str, int] = {}
-        self._pictures: dict[int, list[Picture]] = {}
+        self._tables: dict[int, pa.Table] = {}  # of the segment at hand
 
     def __iter__(self) -> Iterator[Batch]:
         ahead: deque[Future[Decoded]] = deque()
@@ -92,10 +93,11 @@ class PictureStream:
         self._handles.clear()
 
     def _of(self, task: Task) -> list[Picture]:
-        if task.segment.number not in self._pictures:
-            self._pictures = {task.segment.number: pictures_of(self._cache, task.segment)}
-        first = task.first_row - task.segment.image.first_row
-        return self._pictures[task.segment.number][first : first + task.rows]
+        if task.segment.number not in self._tables:
+            self._tables = {task.segment.number: picture_table(self._cache, task.segment)}
+        table = self._tables[task.segment.number]
+        table = table.slice(task.first_row - task.segment.image.first_row, task.rows)
+        return [Picture(*line) for line in zip(*(column.to_pylist() for column in table.columns), strict=True)]
 
     def _decode(self, policy: ViewPolicy, view: int, picture: Picture) -> Decoded:
         handle = self._handle(picture.tar)
@@ -126,9 +128,7 @@ class PictureStream:
         return handle
 
 
-def pictures_of(cache: Path, segment: Segment) -> list[Picture]:
-    """The segment's pictures in row order."""
+def picture_table(cache: Path, segment: Segment) -> pa.Table:
+    """The segment's pictures in row order: tar, key, offset, size."""
     table = read_samples(cache, segment)
-    table = table.filter(table["image_row"].is_valid())
-    columns = (table[name].to_pylist() for name in ("tar", "key", "offset", "size"))
-    return [Picture(*line) for line in zip(*columns, strict=True)]
+    return table.filter(table["image_row"].is_valid()).select(["tar", "key", "offset", "size"])

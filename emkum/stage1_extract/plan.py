@@ -23,12 +23,13 @@ from emkum.errors import (
     StorageFailure,
     UnsupportedNetwork,
     UsageError,
+    WeightsUnavailable,
 )
 from emkum.models.catalogue import load_network
 from emkum.models.network import Network, save_network
 from emkum.models.passes import FrozenPass, Wanted, good_compute
 from emkum.shards.fingerprint import Fingerprint, require_same
-from emkum.shards.layout import STORAGES, TEXT_TILE, FieldSpec, Kind, model_dir
+from emkum.shards.layout import STORAGES, TEXT_TILE, FieldSpec, Kind, canonical_json, model_dir
 from emkum.shards.segments import (
     Segment,
     check_split_name,
@@ -276,16 +277,16 @@ def _complete(networks: _Networks, config: ExtractConfig, has_pictures: bool, ha
                 f"teacher {networks.image_teachers[0].name} has no Transformer blocks that a student could start from",
                 "name the student's encoder, for example --encoder dinov2-s, or --encoder none to keep targets only",
             )
-    if has_captions and text_encoder is None and config.text_encoder != "none":
-        if networks.text_teachers:
-            text_encoder = networks.text_teachers[0]
-        elif encoder is not None:
-            text_encoder = load_network(DEFAULT_TEXT_ENCODER)
     if encoder is not None and config.cut > encoder.depth:
         raise UsageError(
             f"--cut {config.cut} of {encoder.name}, which has {encoder.depth} blocks",
             f"choose a cut between 0 (patch embeddings) and {encoder.depth}",
         )
+    if has_captions and text_encoder is None and config.text_encoder != "none":
+        if networks.text_teachers:
+            text_encoder = networks.text_teachers[0]
+        elif encoder is not None:
+            text_encoder = _default_text_encoder()
     if networks.image_teachers and not has_pictures:
         raise NoData(
             f"teacher {networks.image_teachers[0].name} reads pictures and the data has none",
@@ -297,6 +298,17 @@ def _complete(networks: _Networks, config: ExtractConfig, has_pictures: bool, ha
             "give tars with txt members, or json members with `captions` or `caption`",
         )
     return _Networks(encoder if has_pictures else None, text_encoder if has_captions else None, networks.teachers)
+
+
+def _default_text_encoder() -> Network:
+    try:
+        return load_network(DEFAULT_TEXT_ENCODER)
+    except WeightsUnavailable as error:
+        raise WeightsUnavailable(
+            f"the data has captions, and their text encoder, by default {DEFAULT_TEXT_ENCODER}, is not to be had: "
+            + error.what,
+            f"{error.way_out}; or choose another, for example --text-encoder minilm, or --text-encoder none",
+        ) from error
 
 
 def _keep_networks(cache: Path, networks: _Networks) -> None:
@@ -443,6 +455,7 @@ def _common(spec: FieldSpec, network: Network, want: Wanted, compute: str) -> di
         "row_shape": spec.row_shape,
         "weights": network.weights_sha256,
         "family": network.family,
+        "architecture": hashlib.sha256(canonical_json(network.backbone.spec.to_json())).hexdigest(),
         "output": outputs[want.what],
         "compute": compute,
     }

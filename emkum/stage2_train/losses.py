@@ -161,8 +161,16 @@ class Journal:
         """One step's scalars, the same names each time."""
         self.names = list(parts)
         values = torch.stack([part.detach().float() for part in parts.values()])
-        self._sums = values if self._sums is None else self._sums + values
+        self._sums = values if self._sums is None else self._sums.to(values.device) + values
         self._count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums since the last `take`, so that a resumed run logs what an unbroken one would have."""
+        return {"names": self.names, "sums": self._sums, "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.names, self._sums, self._count = list(state["names"]), state["sums"], state["count"]
 
     def take(self) -> dict[str, float]:
         """The means since the last call. Waits for the device."""

@@ -183,6 +183,8 @@ def copy_durably(source: Path, target: Path) -> None:
     """`target` becomes another name of `source`'s contents; a hard link, as neither is ever changed in place."""
     temporary = target.with_name(f".{target.name}.tmp")
     with storage_errors(target):
+        if target.exists() and target.samefile(source):  # renaming one link to the other would do nothing
+            return
         temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)

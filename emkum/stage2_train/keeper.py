@@ -1,0 +1,313 @@
+"""What happens between the steps of a run: log, validate, write checkpoints, stop on a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from tqdm import tqdm
+
+from emkum.errors import Interrupted, StorageFailure, UsageError
+from emkum.stage2_train.loader import BatchLoader
+from emkum.stage2_train.losses import Journal, part_names
+from emkum.stage2_train.optimiser import peak_rate, rate
+from emkum.stage2_train.resume import ResumePoint, restore_rng, rng_state
+from emkum.stage2_train.run_folder import (
+    MetricsFile,
+    RunFolder,
+    copy_durably,
+    read_checkpoint,
+    write_checkpoint,
+    write_info,
+    write_student,
+)
+from emkum.stage2_train.setup import Say, Setup
+from emkum.stage2_train.validation import Validator
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a training gave. score: by validation, None where the cache has no split to validate on."""
+
+    run_dir: Path
+    recipe: str
+    steps: int
+    score_name: str
+    score: float | None
+    best_step: int
+    seconds: float
+    samples_per_second: float
+    waited_fraction: float
+    peak_memory_bytes: int
+
+
+class RunKeeper(Callback):
+    """Between steps: logs, validates, writes checkpoints, stops on a signal; a context manager for those signals."""
+
+    def __init__(
+        self,
+        run: Setup,
+        folder: RunFolder,
+        info: dict[str, Any],
+        loader: BatchLoader,
+        journal: Journal,
+        validator: Validator | None,
+        point: ResumePoint | None,
+        say: Say,
+    ) -> None:
+        self.config, self.recipe, self.order, self.student = run.config, run.recipe, run.order, run.student
+        self.journal = journal
+        self.folder, self.info, self.loader, self.validator, self.say = folder, info, loader, validator, say
+        self.point, self.start_step = point, point.step if point else 0
+        self.best_score: float | None = None
+        self.best_step = 0
+        self.before = Spent()  # in earlier sessions of this run
+        self.validation_seconds = 0.0
+        self.stop_signal = ""
+        self._rng: dict[str, Any] | None = None
+        self._handlers: dict[int, Any] = {}
+
+    # signals
+
+    def __enter__(self) -> RunKeeper:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self.stop_signal:
+            raise self._interrupted("stopped at once by a second signal; steps since the last checkpoint are lost")
+        self.stop_signal = signal.Signals(number).name
+
+    def _interrupted(self, what: str) -> Interrupted:
+        return Interrupted(what, f"continue: {self.info['continue']}")
+
+    # Lightning's hooks, in the order they are called
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        kept = checkpoint["emkum"]
+        self.best_score, self.best_step = kept["best_score"], kept["best_step"]
+        self.before, self._rng = Spent(**kept["spent"]), kept["rng"]
+        self.journal.load_state_dict(kept["journal"])
+        if self.point is not None and self.point.path == self.folder.last and self.best_step == self.start_step:
+            copy_durably(self.folder.last, self.folder.best)  # the last session may have died just before this
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._rng is not None:
+            restore_rng(self._rng)
+        columns = ["epoch", "lr", "seconds", "samples_per_second", "waited", *part_names(self.recipe)]
+        columns += self.validator.columns if self.validator else ()
+        resumed = self.start_step or None
+        self.metrics = MetricsFile(self.folder.metrics, columns, resumed)
+        self.board = TensorBoardLogger(
+            self.folder.dir, name="", version="tensorboard", purge_step=None if resumed is None else resumed + 1
+        )
+        write_info(self.folder, {**self.info, "status": "running"})
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        self.now = ""
+        self.started = self.logged = self.saved = time.perf_counter()
+        self.logged_step, self.logged_waited = self.start_step, 0.0
+        self.bar = tqdm(
+            total=len(self.order), initial=self.start_step, unit="step", dynamic_ncols=True, disable=None, leave=False
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        last = step == len(self.order)
+        scored = last or step % (self.order.steps_per_epoch * self.recipe.evaluation.every_epochs) == 0
+        if scored or step % self.config.log_every == 0:
+            self._log(step)
+        if scored:
+            self._score(trainer, step)
+        elif self.stop_signal or time.perf_counter() - self.saved > 60 * self.config.checkpoint_minutes:
+            self._save(trainer)
+        if self.stop_signal and not last:
+            write_info(self.folder, {**self.info, **self._measured(step), "status": "interrupted"})
+            raise self._interrupted(f"{self.stop_signal} at step {step} of {len(self.order)}; checkpoint written")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["emkum"] = {
+            "identity": self.info["identity"],
+            "best_score": self.best_score,
+            "best_step": self.best_step,
+            "spent": dataclasses.asdict(self._spent(trainer.global_step)),
+            "measured": self._measured(trainer.global_step),
+            "journal": self.journal.state_dict(),
+            "rng": rng_state(),
+        }
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, Interrupted) and hasattr(self, "started"):
+            with contextlib.suppress(StorageFailure):  # the first failure is the one to report
+                write_info(self.folder, {**self.info, "status": "failed", "error": str(exception)})
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+            self.board.finalize("")
+
+    # the work
+
+    def _log(self, step: int) -> None:
+        values = self.journal.take()
+        now = time.perf_counter()
+        seconds, steps = max(now - self.logged, 1e-9), step - self.logged_step
+        waited = (self.loader.waited_seconds - self.logged_waited) / seconds
+        if not math.isfinite(values["loss"]):
+            raise UsageError(
+                f"training diverged: the loss is {values['loss']} at step {step}",
+                "lower the rate, for example --set optimiser.lr=1e-4, or train with --precision float32",
+            )
+        speed = steps * self.order.batch / seconds
+        rates = {
+            "epoch": (step - 1) // self.order.steps_per_epoch + 1,
+            "lr": peak_rate(self.recipe) * rate(self.recipe, step - 1, len(self.order)),
+            "seconds": self._spent(step).seconds,
+            "samples_per_second": speed,
+            "waited": waited,
+        }
+        self._write(step, {**rates, **values})
+        self.bar.update(step - self.bar.n)
+        self.now = f"loss {values['loss']:.4f}, {speed:.1f} samples/s, waits for data {100 * waited:.0f} %"
+        self.bar.set_postfix_str(self.now)
+        self.logged, self.logged_step, self.logged_waited = now, step, self.loader.waited_seconds
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        self.metrics.append(step, values)
+        self.board.log_metrics(dict(values), step)
+
+    def _score(self, trainer: Trainer, step: int) -> None:
+        """Validate, keep the student if it is the best yet (or if nothing can say), and write a checkpoint."""
+        started = time.perf_counter()
+        best, found = self.validator is None, ""
+        if self.validator is not None:
+            score = self.validator.run()
+            self._write(step, score.numbers)
+            best = self.validator.better(score.value, self.best_score)
+            if best:
+                self.best_score = score.value
+            found = f"; {self.validator.name} {score.value:.4g}" + (", the best so far" if best else "")
+        self.bar.clear()
+        self.say(f"step {step} of {len(self.order)}: {self.now}{found}")
+        if best:
+            self.best_step = step
+            write_student(self.folder, self.student)
+        spent = time.perf_counter() - started
+        self.validation_seconds += spent
+        self.logged += spent  # the speed in the log is of training alone
+        self._save(trainer)
+        if best:
+            copy_durably(self.folder.last, self.folder.best)
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.folder.last)
+        self.saved = time.perf_counter()
+
+    def _spent(self, step: int) -> Spent:
+        """Times of the whole run, earlier sessions included."""
+        seconds = time.perf_counter() - self.started
+        return Spent(
+            self.before.seconds + seconds,
+            self.before.training_seconds + seconds - self.validation_seconds,
+            self.before.waited_seconds + self.loader.waited_seconds,
+        )
+
+    def _measured(self, step: int) -> dict[str, Any]:
+        spent = self._spent(step)
+        training_seconds = max(spent.training_seconds, 1e-9)
+        return {
+            "steps": step,
+            "seconds": spent.seconds,
+            "samples_per_second": step * self.order.batch / training_seconds,
+            "waited_fraction": spent.waited_seconds / training_seconds,
+            "peak_memory_bytes": peak_memory_bytes(torch.device(self.info["device"])),
+            "score": {
+                "name": self.validator.name if self.validator else "",
+                "value": self.best_score,
+                "step": self.best_step,
+                "split": self.recipe.evaluation.split if self.validator else None,
+            },
+        }
+
+    def finish(self) -> RunResult:
+        """The last lines and run.json of a run that came to its end."""
+        info = {**self.info, **self._measured(len(self.order)), "status": "finished"}
+        write_info(self.folder, info)
+        result = result_of(self.folder, info)
+        self.say(
+            f"trained {result.steps} steps in {result.seconds:.0f} s: {result.samples_per_second:.1f} samples/s, "
+            f"{100 * result.waited_fraction:.1f} % of the time waiting for data; peak memory "
+            f"{result.peak_memory_bytes / 2**30:.2f} GiB"
+        )
+        best = (
+            f"{result.score_name} {result.score:.4g} at step {result.best_step}: " if result.score is not None else ""
+        )
+        self.say(f"{best}{self.folder.weights}")
+        self.say(f"next: emkum evaluate {self.folder.dir} --cache {self.config.cache}")
+        return result
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of a run: all of them, those outside of validation, and those in which a step waited for its batch."""
+
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+
+def result_of(folder: RunFolder, info: Mapping[str, Any]) -> RunResult:
+    """The result of a run whose run.json is complete."""
+    return RunResult(
+        run_dir=folder.dir,
+        recipe=info["recipe"]["name"],
+        steps=info["steps"],
+        score_name=info["score"]["name"],
+        score=info["score"]["value"],
+        best_step=info["score"]["step"],
+        seconds=info["seconds"],
+        samples_per_second=info["samples_per_second"],
+        waited_fraction=info["waited_fraction"],
+        peak_memory_bytes=info["peak_memory_bytes"],
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held on the device; on the CPU, of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024)
+
+
+class DurableCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoint files, written whole and read without running code from them."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(Path(path))

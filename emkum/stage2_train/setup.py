@@ -1,0 +1,286 @@
+"""What a run needs, made ready from its configuration: recipe, rows, student, sources; and what is said of it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+import emkum
+from emkum.errors import UsageError
+from emkum.models.network import Network, load_saved
+from emkum.models.passes import FrozenPass, Wanted, good_compute
+from emkum.shards.reader import Cache
+from emkum.stage2_train.live import LiveSource
+from emkum.stage2_train.loader import BatchSource, CachedSource, Prefix, SampleTable, TrainOrder, sample_table
+from emkum.stage2_train.losses import Terms, bank_in_words, make_bank
+from emkum.stage2_train.recipe import (
+    FieldNames,
+    Recipe,
+    choose_recipe,
+    load_recipe,
+    recipe_from_table,
+    required_fields,
+)
+from emkum.stage2_train.resume import check_same_run, continue_command, run_identity, start_command
+from emkum.stage2_train.run_folder import RunFolder, git_revision
+from emkum.stage2_train.student import Student, build_student, parameter_table
+from emkum.stage2_train.validation import Validator
+
+Say = Callable[[str], None]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One `emkum train`. Everything that can change the student is in recipe, overrides, seed, precision, live.
+
+    recipe None: what the cache's fields allow, or, on resume, the run's. seed None: 0, or the run's. precision
+    "auto": bfloat16 where the device is good at it, else float32, or the run's. max_steps: a length in steps that
+    replaces the recipe's epochs. data: where the source tars lie now, for `live`.
+    """
+
+    cache: Path = Path("shards")
+    recipe: str | None = None
+    overrides: tuple[str, ...] = ()
+    run_dir: Path | None = None
+    seed: int | None = None
+    precision: Precision = "auto"
+    device: str = "auto"
+    live: bool = False
+    data: tuple[str, ...] = ()
+    resume: bool = False
+    allow_partial: bool = False
+    max_steps: int | None = None
+    threads: int = 2
+    prefetch: int = 3
+    log_every: int = 10
+    checkpoint_minutes: float = 10.0
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.seed is None or 0 <= self.seed < 2**63, f"--seed {self.seed}", "give a number from 0")
+        known = ("auto", "float32", "bfloat16")
+        _require(self.precision in known, f"--precision {self.precision}", f"choose one of {', '.join(known)}")
+        _require(self.max_steps is None or self.max_steps > 0, f"--max-steps {self.max_steps}", "give 1 or more")
+        _require(self.threads > 0, f"--threads {self.threads}", "give 1 or more")
+        _require(self.prefetch > 0, f"--prefetch {self.prefetch}", "give 1 or more")
+        _require(self.log_every > 0, f"--log-every {self.log_every}", "give 1 or more")
+        _require(not self.resume or self.run_dir is not None, "--resume without --run-dir", "name the run's folder")
+
+
+def _require(good: bool, what: str, way_out: str) -> None:
+    if not good:
+        raise UsageError(what, way_out)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run needs, ready. `why`: the reason for the recipe where the user named none."""
+
+    config: TrainConfig
+    cache: Cache
+    recipe: Recipe
+    why: str
+    names: FieldNames
+    seed: int
+    device: torch.device
+    compute: str
+    table: SampleTable
+    order: TrainOrder
+    student: Student
+    terms: Terms
+    source: BatchSource
+    prefix: Prefix | None
+    identity: dict[str, Any]
+
+
+def set_up(config: TrainConfig, before: Mapping[str, Any] | None) -> Setup:
+    """Reads recipe and cache and builds the student. `before`: run.json of the run to continue; its choices stand."""
+    cache = Cache.open(config.cache)
+    recipe, why = _recipe(config, cache, before)
+    if before is not None:  # before anything that another recipe would trip over
+        check_same_run(before, {**before["identity"], "recipe": recipe.to_json()}, config)
+    names = required_fields(recipe, cache)
+    device = _device(config.device)
+    compute = _compute(config, before, device)
+    seed = config.seed if config.seed is not None else int(before["seed"]) if before else 0
+
+    table = sample_table(cache, recipe, names, recipe.data.split, allow_partial=config.allow_partial)
+    order = TrainOrder(table, recipe.training.batch, seed, recipe.data.captions)
+    order.num_steps = recipe.training.epochs * order.steps_per_epoch
+    if config.max_steps or before:
+        order.num_steps = config.max_steps or int(before["total_steps"] if before else 0)
+
+    image_network = load_saved(cache.model_dir(names.encoder)) if names.encoder else None
+    text_network = load_saved(cache.model_dir(names.text_encoder)) if names.text_encoder else None
+    _check_target_shape(cache, recipe, names, image_network, text_network)
+    target_width = cache.field(names.targets).row_shape[-1] if names.targets and recipe.kind == "pairs" else None
+    student = build_student(recipe, names, image_network, text_network, target_width, seed)
+    student.checkpoint_activations(config.activation_checkpointing)
+
+    prefix = frozen_prefix(image_network, names.cut, compute, device) if image_network and names.live_prefix else None
+    source: BatchSource
+    if config.live:
+        source = LiveSource(cache, names, table, device, config.data)
+    else:
+        source = CachedSource(cache, names, table, prefix)
+    terms = Terms(recipe, make_bank(recipe, table, source, target_width))
+    identity = run_identity(recipe, cache, names, table, len(order), seed, compute, config.live)
+    return Setup(
+        config,
+        cache,
+        recipe,
+        why,
+        names,
+        seed,
+        device,
+        compute,
+        table,
+        order,
+        student,
+        terms,
+        source,
+        prefix,
+        identity,
+    )
+
+
+def _recipe(config: TrainConfig, cache: Cache, before: Mapping[str, Any] | None) -> tuple[Recipe, str]:
+    """The recipe, and why it was chosen if the user named none."""
+    if config.recipe is not None:
+        return load_recipe(config.recipe, config.overrides), ""
+    if before is not None:
+        return recipe_from_table(before["recipe"], config.overrides), "the run's own"
+    name, why = choose_recipe(cache)
+    return load_recipe(name, config.overrides), why
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used here: {error}".splitlines()[0], "use --device cpu") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: training runs on cpu and cuda", "use --device cpu")
+    return device
+
+
+def _compute(config: TrainConfig, before: Mapping[str, Any] | None, device: torch.device) -> str:
+    if config.precision != "auto":
+        return config.precision
+    return str(before["precision"]) if before is not None else good_compute(device)
+
+
+def _check_target_shape(
+    cache: Cache, recipe: Recipe, names: FieldNames, image_network: Network | None, text_network: Network | None
+) -> None:
+    """layers-mse compares token by token: raise UsageError where teacher and student differ in tokens or width."""
+    if recipe.objectives.layers_mse is None or names.targets is None:
+        return
+    teacher = cache.field(names.targets).row_shape
+    network = image_network or text_network
+    assert network is not None
+    student: tuple[int, ...] = (teacher[0], network.width)
+    if names.inputs is not None and not names.live_prefix:
+        student = cache.field(names.inputs).row_shape
+    if tuple(teacher) != tuple(student):
+        raise UsageError(
+            f"{names.targets} has {teacher[0]} tokens of {teacher[1]} channels, the student {student[0]} of "
+            f"{student[1]}: layers-mse compares them one by one",
+            "choose a teacher with the encoder's patch size and width, or the encoder itself",
+        )
+
+
+def frozen_prefix(network: Network, cut: int, compute: str, device: torch.device) -> Prefix:
+    """uint8 crops [B, y, x, 3] -> tokens_BTD, float32: the frozen network up to the cut, for caches that keep crops."""
+    frozen = FrozenPass([network], [Wanted(network.name, "tokens", cut)], compute, device)
+    # A copy outside of inference mode, which autograd may save.
+    return lambda crops: frozen.pictures(crops)[0].clone()
+
+
+def run_info(run: Setup, folder: RunFolder) -> dict[str, Any]:
+    """What run.json says from the start; measurements are added at the end."""
+    cuda = run.device.type == "cuda"
+    return {
+        "command": start_command(run.config, run.recipe, run.seed, folder.dir),
+        "continue": continue_command(run.config, folder.dir),
+        "recipe": run.recipe.to_json(),
+        "cache": {
+            "path": str(run.config.cache.resolve()),
+            "uuid": run.cache.uuid,
+            "fields": run.identity["fields"],
+            "supervision": _supervision(run.cache, run.names),
+        },
+        "identity": run.identity,
+        "seed": run.seed,
+        "precision": run.compute,
+        "device": str(run.device),
+        "device_name": torch.cuda.get_device_name(run.device) if cuda else platform.processor() or platform.machine(),
+        "live": run.config.live,
+        "samples": run.table.num_samples,
+        "steps_per_epoch": run.order.steps_per_epoch,
+        "total_steps": len(run.order),
+        "bank": bank_in_words(run.terms.bank),
+        "parameters": {
+            count.part: {"trainable": count.trainable, "frozen": count.frozen} for count in parameter_table(run.student)
+        },
+        "git_revision": git_revision(),
+        "versions": {
+            "emkum": emkum.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "lightning": version("lightning"),
+            "numpy": np.__version__,
+        },
+    }
+
+
+def _supervision(cache: Cache, names: FieldNames) -> dict[str, Any]:
+    """What each field's network was trained on, as its record says: it goes on into the student."""
+    found = {}
+    for name in names.needed():
+        environment = cache.field(name).record.get("environment", {})
+        kept = {key: environment[key] for key in ("source", "licence", "supervision") if key in environment}
+        if kept:
+            found[name] = kept
+    return found
+
+
+def run_summary(run: Setup, info: Mapping[str, Any], validator: Validator | None) -> list[str]:
+    """The lines printed before the first step."""
+    recipe, table, order = run.recipe, run.table, run.order
+    what = {"pairs": "pictures with captions", "images": "pictures", "texts": "texts"}[recipe.kind]
+    units = f"{order.units:,} captions of " if order.units != table.num_samples else ""
+    views = f", {table.num_views} views" if table.num_views > 1 else ""
+    dropped = f"; {table.dropped:,} more left out, as a field or a partner is lacking" if table.dropped else ""
+    left = order.units - order.steps_per_epoch * order.batch
+    lines = [
+        f"recipe {recipe.name}: {' + '.join(recipe.terms).replace('_', '-')}" + (f" ({run.why})" if run.why else ""),
+        f"reads {', '.join(run.names.needed())}",
+        f"{table.split}: {units}{table.num_samples:,} {what}{views}{dropped}",
+        f"{order.steps_per_epoch} batches of {order.batch} an epoch ({left} samples of each shuffle are left over), "
+        f"{len(order)} steps in all",
+    ]
+    if info["bank"]:
+        lines.append(f"bank of ctl: {info['bank']}")
+    if validator is not None:
+        lines.append(f"validated every {recipe.evaluation.every_epochs} epochs on {validator.on}")
+    else:
+        lines.append(f"nothing to validate on in a split {recipe.evaluation.split!r}: the last student is the best")
+    trainable = frozen = 0
+    for part, counts in info["parameters"].items():
+        lines.append(f"  {part:16} {counts['trainable']:>12,} trained {counts['frozen']:>12,} frozen")
+        trainable, frozen = trainable + counts["trainable"], frozen + counts["frozen"]
+    lines.append(f"  {'student':16} {trainable:>12,} trained {frozen:>12,} frozen")
+    lines.append(f"on {info['device']} in {info['precision']}, seed {info['seed']}")
+    return lines
