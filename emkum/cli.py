@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from emkum.errors import EmkumError, Interrupted, UsageError
+from emkum.errors import EmkumError, Interrupted, StorageFailure, UsageError
 
 app = typer.Typer(
     name="emkum",
@@ -65,7 +66,8 @@ def extract(
         Optional[str],  # noqa: UP045
         typer.Option(
             help="The text network the student starts from; its tokenizer makes the token ids. "
-            "Default: the text teacher if there is one, else bert-base; `none` leaves captions out."
+            "Default: the text teacher if there is one, else bert-base; `none` leaves captions out, unless a text "
+            "teacher reads them."
         ),
     ] = None,
     targets: Annotated[
@@ -257,8 +259,8 @@ def evaluate(
     images: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="Measure picture retrieval by label: one .npz with train_x, train_y, test_x, test_y or alike, or two "
-            "labelled tars, the bank first."
+            help="Measure picture retrieval by label: .npz files with x_train, y_train, x_test, y_test, or pairs of "
+            "labelled tars, the bank before its queries."
         ),
     ] = None,
     texts: Annotated[
@@ -273,6 +275,9 @@ def evaluate(
         bool,
         typer.Option("--baselines", help="Measure the teacher and the student before training beside the student."),
     ] = False,
+    max_bad: Annotated[
+        float, typer.Option(help="Share of pictures that may be unusable before the command stops.")
+    ] = 0.001,
     batch_size: Annotated[int, typer.Option(help="Samples in one forward pass.")] = 256,
     device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu. Default: cuda if there is one.")] = "auto",
     as_json: JsonOption = False,
@@ -284,7 +289,7 @@ def evaluate(
     evaluation.json in the run's folder.
     """
     from emkum.shards.reader import Cache
-    from emkum.stage2_train.evaluate.pictures import read_labelled
+    from emkum.stage2_train.evaluate.pictures import labelled_sets
     from emkum.stage2_train.evaluate.run import (
         Settings,
         evaluate_cache,
@@ -300,15 +305,14 @@ def evaluate(
 
     loaded = load_run(run)
     opened = Cache.open(cache if cache is not None else loaded.cache_path)
-    settings = Settings(device=device, batch_size=batch_size, baselines=baselines)
+    settings = Settings(device=device, batch_size=batch_size, max_bad=max_bad, baselines=baselines)
     results = []
     if split is not None or not (data or images or texts):
         results.append(evaluate_cache(loaded, opened, split or "val", settings))
     if data:
         results.append(evaluate_tars(loaded, data, opened, settings))
     if images:
-        bank, queries = _bank_and_queries(images)
-        results.append(evaluate_pictures(loaded, read_labelled(bank, queries), size, opened, settings))
+        results += [evaluate_pictures(loaded, found, size, opened, settings) for found in labelled_sets(images)]
     results += [evaluate_texts(loaded, read_text_pairs(path), opened, settings) for path in texts or ()]
     merged = merge_results(*results)
     written = write_results(run, merged)
@@ -377,12 +381,6 @@ def cache_info(
     print(json.dumps(description, indent=1) if as_json else table(description))
 
 
-def _bank_and_queries(images: list[str]) -> tuple[str, str | None]:
-    if len(images) > 2:
-        raise UsageError(f"--images names {len(images)} files", "give one .npz, or a bank tar and a query tar")
-    return images[0], images[1] if len(images) == 2 else None
-
-
 def _crop(text: str | None) -> tuple[float, float] | None:
     if text is None:
         return None
@@ -438,7 +436,19 @@ def main() -> None:
         sys.exit(Interrupted.exit_code)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        print(f"emkum: StorageFailure: {error} | check the path and its permissions", file=sys.stderr)
+        sys.exit(StorageFailure.exit_code)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            print(f"emkum: OutOfMemory: {str(error).splitlines()[0]} | use a smaller batch", file=sys.stderr)
+            sys.exit(UsageError.exit_code)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message())  # type: ignore[attr-defined]  # Typer's own click
+            sys.exit(2)
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             print(f"emkum: {error.format_message()} | see --help", file=sys.stderr)
             sys.exit(2)

@@ -20,7 +20,7 @@ class EmkumError(Exception):
     def line(self) -> str:
         """The one line shown to the user: the class, what is wrong, the way out."""
         text = f"{type(self).__name__}: {self.what}"
-        return f"{text} | {self.way_out}" if self.way_out else text
+        return " ".join((f"{text} | {self.way_out}" if self.way_out else text).split())
 
 
 class UsageError(EmkumError):

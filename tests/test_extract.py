@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -26,6 +27,7 @@ from emkum.models.network import Network, normalise, save_network
 from emkum.models.passes import FrozenPass, Wanted
 from emkum.models.tokenizer import text_ids
 from emkum.shards.audit import describe
+from emkum.shards.claim import WriterClaim
 from emkum.shards.reader import Cache
 from emkum.shards.views import Box, replay_view
 from emkum.stage1_extract import extract as extract_module
@@ -304,12 +306,12 @@ def test_stopping_anywhere_and_going_on_gives_the_bytes_of_one_run(
         stopped = replace(config, cache=config.cache.with_name(f"stopped{stop_after}"))
         calls = 0
 
-        def counted(self: FrozenPass, crops: torch.Tensor, limit: int = stop_after) -> list[torch.Tensor]:
+        def counted(self: FrozenPass, crops: torch.Tensor, wanted=None, limit: int = stop_after):
             nonlocal calls
             calls += 1
             if calls > limit:
                 raise errors.Interrupted("stopped by SIGTERM")
-            return pictures(self, crops)
+            return pictures(self, crops, wanted)
 
         monkeypatch.setattr(FrozenPass, "pictures", counted)
         with pytest.raises(errors.Interrupted):
@@ -340,6 +342,66 @@ def test_sigint_ends_with_75_and_the_same_command_finishes(config: ExtractConfig
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(Cache.open(config.cache).field("teacher/vit/image/cls").rows("train")) == 1540
+
+
+def test_only_the_missing_outputs_are_computed(config: ExtractConfig, networks: Path) -> None:
+    quiet(config)
+    calls: list[list[Wanted]] = []
+    pictures = FrozenPass.pictures
+
+    def noted(self: FrozenPass, crops: torch.Tensor, wanted=None):
+        calls.append(wanted)
+        return pictures(self, crops, wanted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrozenPass, "pictures", noted)
+        make_tar(Path(config.data[0]) / "c.tar", 3, seed=5)
+        quiet(replace(config, teacher=(config.teacher[0], str(networks / "other"))))
+    old = [wanted for wanted in calls if wanted and len(wanted) == 2]  # the old rows lack the new teacher's two only
+    assert len(old) == 5
+    assert {want.network for wanted in old for want in wanted} == {"other"}
+
+
+def test_a_low_cut_of_a_network_that_borrows_its_blocks(networks: Path) -> None:
+    from emkum.models.network import load_saved
+
+    vit, tail = load_saved(networks / "vit"), load_saved(networks / "tail")
+    wanted = [Wanted("vit", "cls"), Wanted("tail", "tokens", 1), Wanted("tail", "layers")]
+    crops = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    together = FrozenPass([vit, tail], wanted, "float32", "cpu").pictures(crops)
+    for want, got in zip(wanted, together, strict=True):
+        alone = FrozenPass([vit if want.network == "vit" else tail], [want], "float32", "cpu").pictures(crops)[0]
+        torch.testing.assert_close(got, alone, rtol=1e-6, atol=1e-6)
+    part = FrozenPass([vit, tail], wanted, "float32", "cpu")
+    torch.testing.assert_close(part.pictures(crops, wanted[1:2])[0], together[1], rtol=1e-6, atol=1e-6)
+    assert part.block_runs == 1
+
+
+# --- two writers -------------------------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_refused_naming_the_first(config: ExtractConfig) -> None:
+    quiet(config)
+    with WriterClaim(config.cache), pytest.raises(errors.AnotherWriter) as caught:
+        quiet(config)
+    assert caught.value.exit_code == 6
+    assert f"process {os.getpid()} on " in caught.value.what
+    assert "last heartbeat" in caught.value.what
+    assert quiet(config)[-1].startswith("nothing to do")
+
+
+def test_the_claim_of_a_dead_process_or_of_one_without_heartbeat_is_taken_over(config: ExtractConfig) -> None:
+    quiet(config)
+    claim = config.cache / "_emkum" / "claims" / "writer.json"
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    claim.write_text(json.dumps({"host": socket.gethostname(), "pid": int(dead.stdout), "token": "x"}))
+    assert quiet(config)[-1].startswith("nothing to do")
+    claim.write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "x"}))
+    with pytest.raises(errors.AnotherWriter, match="process 1 on elsewhere"):
+        quiet(config)
+    os.utime(claim, (time.time() - 120, time.time() - 120))
+    assert quiet(config)[-1].startswith("nothing to do")
+    assert not claim.exists()
 
 
 # --- bad pictures ------------------------------------------------------------------------------------------
@@ -391,6 +453,38 @@ def test_a_value_the_storage_cannot_hold_names_field_and_sample(config: ExtractC
         assert field.space == "text" or len(field.rows("train")) == 0
 
 
+def test_bad_pictures_of_one_split_do_not_count_against_another(config: ExtractConfig, tmp_path: Path) -> None:
+    val, test = (
+        make_tar(tmp_path / "val.tar", 20, seed=7, bad=(1, 2)),
+        make_tar(tmp_path / "test.tar", 20, seed=8, bad=(3,)),
+    )
+    quiet(replace(config, split="val", data=(str(val),), max_bad=0.1))
+    lines = quiet(replace(config, split="test", data=(str(test),), max_bad=0.05))
+    assert "seen 20 = 19 ok + 1 quarantined + 0 filtered (pictures)" in lines
+
+
+def test_int8_statistics_come_from_rows_of_their_own_space(
+    config: ExtractConfig, networks: Path, tmp_path: Path
+) -> None:
+    texts = tmp_path / "a-texts.tar"
+    with tarfile.open(texts, "w") as tar:
+        for i in range(20):
+            info = tarfile.TarInfo(f"t{i}.txt")
+            info.size = 9
+            tar.addfile(info, io.BytesIO(b"a red sta"))
+    text = replace(config, teacher=(str(networks / "text"),), text_encoder=None, data=(str(texts),), storage="int8")
+    quiet(text)
+    quiet(replace(config, data=(str(texts), *config.data), storage="int8"))
+    cache = Cache.open(config.cache)
+    field = cache.field("teacher/vit/image/cls")
+    assert field.mean.shape == (16,)
+    assert len(field.rows("train")) == 40
+    layers = cache.field("teacher/text/text/layers")
+    values = layers.values(layers.rows("train"))
+    assert np.isfinite(values).all()
+    assert np.isnan(layers.read_scale(layers.rows("train"))).any()  # past the length
+
+
 # --- identity ----------------------------------------------------------------------------------------------
 
 
@@ -414,7 +508,9 @@ def test_other_weights_under_one_name_are_refused_and_nothing_changes(config: Ex
         ({"crop": (0.5, 1.0)}, "views crop-0.9-1.0-seed-0; this run asks for crop-0.5-1.0-seed-0"),
         ({"seed": 4}, "this run asks for crop-0.9-1.0-seed-4"),
         ({"split": "val"}, "as split 'train'; this run asks for split 'val'"),
-        ({"max_tokens": 32}, "text positions 16 in the cache, 32 asked for"),
+        ({"flip": True}, "this run asks for crop-0.9-1.0-flip-seed-0"),
+        ({"jitter": 0.4}, "this run asks for crop-0.9-1.0-jitter-0.4-seed-0"),
+        ({"rows_per_block": 32}, "has blocks of 16 rows; this run asks for 32"),
     ],
 )
 def test_another_setting_is_refused_with_both_values(config: ExtractConfig, change: dict, message: str) -> None:
@@ -434,6 +530,38 @@ def test_a_tar_that_changed_is_refused_even_with_its_size_kept(config: ExtractCo
     data[700] ^= 1
     tar.write_bytes(bytes(data))
     with pytest.raises(errors.SourceChanged, match=r"a\.tar is not the a\.tar that segment 0 was extracted from"):
+        quiet(config)
+
+
+def test_a_tar_that_was_not_named_again_must_be_what_it_was(config: ExtractConfig, networks: Path) -> None:
+    quiet(config)
+    other = Path(config.data[0]) / "b.tar"
+    data = bytearray(other.read_bytes())
+    data[700] ^= 1
+    other.write_bytes(bytes(data))
+    named = replace(config, data=(str(Path(config.data[0]) / "a.tar"),), teacher=(str(networks / "other"),))
+    with pytest.raises(errors.SourceChanged, match=r"b\.tar is not the b\.tar that segment 0"):
+        quiet(named)
+
+
+def test_a_second_teacher_takes_the_crops_of_the_first(config: ExtractConfig, networks: Path) -> None:
+    quiet(replace(config, crop=(0.5, 0.8), seed=3))
+    quiet(replace(config, teacher=(str(networks / "other"),)))
+    cache = Cache.open(config.cache)
+    assert [name for name in cache.fields if name.startswith("views/")] == ["views/crop-0.5-0.8-seed-3/boxes"]
+    assert len(cache.field("teacher/other/image/cls").rows("train")) == 40
+
+
+def test_more_tokens_than_the_text_encoder_has_positions(config: ExtractConfig) -> None:
+    with pytest.raises(errors.UsageError, match="--max-tokens 32, and text has 16 positions"):
+        quiet(replace(config, max_tokens=32))
+
+
+def test_a_cache_of_a_newer_format_is_left_alone(config: ExtractConfig) -> None:
+    quiet(config)
+    root = config.cache / "zarr.json"
+    root.write_text(root.read_text().replace('"format": 1', '"format": 9'))
+    with pytest.raises(errors.NewerFormat, match="has cache format 9; this emkum reads up to 1"):
         quiet(config)
 
 
@@ -490,7 +618,7 @@ def test_cache_info_says_what_is_there_and_what_is_missing(config: ExtractConfig
     assert found["splits"]["train"]["captions"] == 80
     shown = run_cli("cache", "info", str(config.cache), cwd=tmp_path).stdout
     assert "1 blocks" in shown
-    assert "incomplete: the same `emkum extract` command finishes it" in shown
+    assert "incomplete: the `emkum extract` command of the split finishes it" in shown
     quiet(config)
     assert json.loads(run_cli("cache", "info", str(config.cache), "--json", cwd=tmp_path).stdout)["complete"]
 

@@ -124,5 +124,3 @@ def test_every_module_says_what_it_is_for() -> None:
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         assert docstring, path
         assert docstring.splitlines()[0].endswith((".", ":", ")", "?")), path
-
-

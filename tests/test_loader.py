@@ -6,10 +6,13 @@ import gc
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from tiny_cache import SIZE, make_cache
 
 from emkum.errors import CorruptCache, IncompleteCache, NoData, ResumeMismatch, UsageError
@@ -98,6 +101,26 @@ def test_an_epoch_has_every_picture_once_less_the_last_partial_batch(path: Path)
     rows = [row for batch in all_rows(order, "image_rows_B") for row in batch]
     assert len(order) == order.steps_per_epoch == 4
     assert len(set(rows)) == len(rows) == 32
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 2**62), st.sampled_from(["one", "all"]))
+def test_whatever_the_sizes_no_row_comes_twice_in_an_epoch(pictures: int, batch: int, seed: int, captions: Any) -> None:
+    counts = 1 + np.arange(pictures) % 3
+    first = np.append(0, np.cumsum(counts))
+    table = SampleTable("pairs", "train", np.arange(pictures) * 2, np.arange(first[-1]) + 100, first, 2, 0)
+    units = pictures if captions == "one" else int(first[-1])
+    assume(batch <= units)
+    order = TrainOrder(table, batch, seed, captions, num_steps=3 * (units // batch))
+    for epoch in range(3):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        texts = np.concatenate([order.rows(step).text_rows_B for step in steps])
+        images = np.concatenate([order.rows(step).image_rows_B for step in steps])
+        assert len(np.unique(texts)) == len(texts) == units // batch * batch
+        owner = np.repeat(np.arange(pictures) * 2, counts)
+        assert np.array_equal(owner[texts - 100], images)
+        if captions == "one":
+            assert len(np.unique(images)) == len(images)
 
 
 def test_a_caption_drawn_for_a_picture_is_its_own_and_changes_from_epoch_to_epoch(path: Path) -> None:

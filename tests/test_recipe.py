@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from tiny_cache import make_cache
 
 from emkum.errors import EmkumError, MissingCaptions, MissingField, UnknownRecipe, UsageError
+from emkum.shards.reader import Cache
 from emkum.stage2_train.recipe import (
     RECIPES_DIR,
     FieldNames,
@@ -188,7 +190,7 @@ def test_crops_go_through_the_only_image_network_the_cache_keeps() -> None:
         ("ssmke", [], cache(TOKENS, IDS), MissingField,
          "MissingField: recipe ssmke needs a teacher's cls targets; the cache shards has image/dinov2-s@6/tokens, "
          "text/minilm/ids | make it: emkum extract --cache shards --split train --data <tars> "
-         "--teacher <image network> --targets cls"),
+         "--teacher <image network> --targets cls --encoder dinov2-s --cut 6 --text-encoder minilm"),
         ("ssmke", [], cache(IDS, CLS), MissingField, "recipe ssmke needs image inputs; the cache shards has teacher/"),
         ("ssmke", [], cache(TOKENS, CLS), MissingField, "needs token ids of the texts"),
         ("text-kd", [], cache(IDS), MissingField, "--teacher <text network> --targets layers"),
@@ -215,6 +217,16 @@ def test_what_is_said_when_recipe_and_cache_do_not_fit(
         required_fields(load_recipe(recipe, overrides), made)  # type: ignore[arg-type]
     assert expected in message(error)
     assert error.value.exit_code == 2
+
+
+def test_the_command_that_is_named_repeats_how_the_cache_was_made(tmp_path: Path) -> None:
+    made = make_cache(tmp_path / "cache", pictures=4, val_pictures=0, fields=("tokens", "ids"))
+    with pytest.raises(MissingField) as error:
+        required_fields(load_recipe("ssmke"), Cache.open(made.path))
+    assert error.value.way_out == (
+        f"make it: emkum extract --cache {made.path} --split train --data <tars> --teacher <image network> "
+        "--targets cls --encoder random:tokens --cut 2 --size 16 --text-encoder random:ids"
+    )
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,21 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(
     assert untimed(folder) == untimed(uninterrupted)
 
 
+@pytest.mark.parametrize("recipe", ["image-kd", "text-kd"])
+def test_so_does_one_of_another_kind_in_bfloat16(
+    cache: TinyCache, tmp_path: Path, signal_at: Callable[..., None], recipe: str
+) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    run(configured(cache, whole, recipe, precision="bfloat16"))
+    signal_at(7)
+    with pytest.raises(Interrupted):
+        run(configured(cache, folder, recipe, precision="bfloat16"))
+    signal_at()
+    run(TrainConfig(cache.path, run_dir=folder, resume=True, device="cpu", log_every=2))
+    assert same(checkpoint(whole)["state_dict"], checkpoint(folder)["state_dict"])
+    assert untimed(whole) == untimed(folder)
+
+
 def test_sigterm_stops_as_sigint_does_and_old_handlers_come_back(
     cache: TinyCache, tmp_path: Path, signal_at: Callable[..., None]
 ) -> None:
@@ -421,8 +436,9 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_the_old_one_stays
         write(self, data)
 
     monkeypatch.setattr(run_folder.DurableFile, "write", full)
-    with pytest.raises(StorageFailure, match="No space left"):
+    with pytest.raises(StorageFailure, match="No space left") as error:
         run(configured(cache, folder))
+    assert error.value.way_out.startswith("make room, then continue: emkum train --cache")
     assert checkpoint(folder)["global_step"] == 5
     assert not list(folder.rglob("*.tmp"))
     info = json.loads((folder / "run.json").read_text())

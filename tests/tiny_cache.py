@@ -221,4 +221,3 @@ def _encoded(one, spec, statistics, length):  # type: ignore[no-untyped-def]
         return Encoded(one, None, length, Summary())
     mean, std = statistics or (None, None)
     return encode(one, spec.storage, mean, std, length)
-

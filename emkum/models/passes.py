@@ -36,10 +36,11 @@ def good_compute(device: torch.device) -> str:
     faster than float32; elsewhere it is emulated and slower.
     """
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        with torch.cuda.device(device):
+            return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type == "cpu":
-        capabilities = torch.backends.cpu.get_cpu_capability(), torch.cpu._is_avx512_bf16_supported()
-        return "bfloat16" if capabilities[1] or torch.cpu._is_amx_tile_supported() else "float32"
+        good = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bfloat16" if good else "float32"
     return "float32"
 
 
@@ -70,52 +71,78 @@ class FrozenPass:
         return {name: found for name, found in self._shared.items() if found is not None}
 
     @torch.inference_mode()
-    def pictures(self, crops_BHWC: Tensor) -> list[Tensor]:
-        """uint8 crops -> one float32 tensor per wanted output: [B, T, D] (tokens, patches, layers) or [B, D]."""
+    def pictures(self, crops_BHWC: Tensor, wanted: Sequence[Wanted] | None = None) -> list[Tensor]:
+        """uint8 crops -> one float32 tensor per wanted output: [B, T, D] (tokens, patches, layers) or [B, D].
+
+        wanted: some of the pass's own outputs; only what they need is run.
+        """
         crops_BHWC = crops_BHWC.to(self.device, non_blocking=True)
-        return self._run(lambda network: network.backbone.embed(normalise(network, crops_BHWC)), None)
+        return self._run(lambda network: network.backbone.embed(normalise(network, crops_BHWC)), None, wanted)
 
     @torch.inference_mode()
-    def texts(self, ids_BL: Tensor, mask_BL: Tensor) -> list[Tensor]:
+    def texts(self, ids_BL: Tensor, mask_BL: Tensor, wanted: Sequence[Wanted] | None = None) -> list[Tensor]:
         """int ids and a bool mask (True: a real token) -> one float32 tensor per wanted output.
 
         Token outputs are zero where the mask is False.
         """
         ids_BL, mask_BL = ids_BL.to(self.device), mask_BL.to(self.device)
-        return self._run(lambda network: network.backbone.embed(ids_BL, mask_BL), mask_BL)
+        return self._run(lambda network: network.backbone.embed(ids_BL, mask_BL), mask_BL, wanted)
 
-    def _run(self, embed: Callable[[Network], Tensor], mask_BL: Tensor | None) -> list[Tensor]:
+    def _run(
+        self, embed: Callable[[Network], Tensor], mask_BL: Tensor | None, chosen: Sequence[Wanted] | None
+    ) -> list[Tensor]:
+        chosen = self.wanted if chosen is None else chosen
+        whole = {want.network for want in chosen if want.what == "layers"}  # these need every layer of their own
+        stops = self._stops(chosen, whole)
         kept: dict[tuple[str, int], Tensor] = {}
         results: dict[Wanted, Tensor] = {}
-        for network in self.networks.values():
-            wanted = [w for w in self.wanted if w.network == network.name]
+        for name, network in self.networks.items():
+            wanted = [want for want in chosen if want.network == name]
+            outputs = [want for want in wanted if want.what != "tokens"]
             if isinstance(network.backbone, ResNet):
-                results.update(_run_convnet(network, embed, wanted))
+                if wanted:
+                    results.update(_run_convnet(network, embed, wanted))
                 continue
-            stops = {w.cut for w in wanted if w.what == "tokens"}
-            stops |= {shared[1] for shared in self._shared.values() if shared and shared[0] == network.name}
-            layers = any(w.what == "layers" for w in wanted)
-            shared = None if layers else self._shared[network.name]
-            start = shared[1] if shared else 0
-            tokens = kept[shared[0], start] if shared else embed(network).float()
-            last = network.depth if any(w.what != "tokens" for w in wanted) else max(stops)
+            if not outputs and not stops[name]:
+                continue
+            lender = None if name in whole else self._shared[name]
+            start = lender[1] if lender else 0
+            tokens = kept[self._computes(name, start, whole), start] if lender else embed(network).float()
+            last = network.depth if outputs else max(stops[name])
             hidden = []
             for depth in range(start, last + 1):
-                if depth in stops:
-                    kept[network.name, depth] = tokens
+                if depth in stops[name]:
+                    kept[name, depth] = tokens
                 if depth == last:
                     break
                 tokens = network.backbone.run(tokens, depth, depth + 1, mask_BL).hidden[-1].float()
                 self.block_runs += 1
-                if layers:
+                if name in whole:
                     hidden.append(tokens)
-            for want in wanted:
-                if want.what == "tokens":
-                    at = kept.get((network.name, want.cut))
-                    results[want] = kept[shared[0], want.cut] if at is None and shared else at  # type: ignore[assignment]
-                else:
-                    results[want] = _target(network, want, tokens, hidden, mask_BL)
-        return [results[want].float() for want in self.wanted]
+            for want in outputs:
+                results[want] = _target(network, want, tokens, hidden, mask_BL)
+        for want in chosen:
+            if want not in results:
+                results[want] = kept[self._computes(want.network, want.cut, whole), want.cut]
+        return [results[want].float() for want in chosen]
+
+    def _computes(self, name: str, depth: int, whole: set[str]) -> str:
+        """The network that computes `name`'s tokens of this depth: itself, or one whose blocks it shares."""
+        lender = None if name in whole else self._shared[name]
+        return self._computes(lender[0], depth, whole) if lender and depth <= lender[1] else name
+
+    def _stops(self, chosen: Sequence[Wanted], whole: set[str]) -> dict[str, set[int]]:
+        """The depths at which each network's tokens are kept, for its own outputs or for others that start there."""
+        stops: dict[str, set[int]] = {name: set() for name in self.networks}
+        for want in chosen:
+            if want.what == "tokens" and not isinstance(self.networks[want.network].backbone, ResNet):
+                stops[self._computes(want.network, want.cut, whole)].add(want.cut)
+        for name in reversed(self.networks):  # lenders come first, so their borrowers' needs are known
+            lender = None if name in whole else self._shared[name]
+            runs = stops[name] or any(want.network == name and want.what != "tokens" for want in chosen)
+            if lender and runs:
+                stops[self._computes(name, lender[1], whole)].add(lender[1])
+        return stops
 
 
 def _target(network: Network, want: Wanted, tokens: Tensor, hidden: list[Tensor], mask_BL: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from emkum.shards.layout import FORMAT
 from emkum.shards.reader import Cache, Field
 
 
@@ -18,13 +19,13 @@ def describe(cache: Cache) -> dict[str, Any]:
             "tars": sum(len(s.sources) for s in segments),
             "pictures": sum(s.image.rows for s in segments),
             "captions": sum(s.text.rows for s in segments),
-            "views": segments[0].views.name,
+            "views": next((s.views.name for s in segments if s.image.rows), None),
         }
     fields = {name: _describe_field(cache, field) for name, field in cache.fields.items()}
     return {
         "path": str(cache.path),
         "uuid": cache.uuid,
-        "format": 1,
+        "format": FORMAT,
         "rows_per_block": cache.rows_per_block,
         "splits": splits,
         "fields": fields,
@@ -69,7 +70,7 @@ def table(description: dict[str, Any]) -> str:
     for split, s in description["splits"].items():
         lines.append(
             f"split {split}: {s['pictures']:,} pictures, {s['captions']:,} captions, {s['tars']} tars "
-            f"in {s['segments']} segments, views {s['views']}"
+            f"in {s['segments']} segments" + (f", views {s['views']}" if s["views"] else "")
         )
     if not description["splits"]:
         lines.append("no segment yet: nothing was extracted")
@@ -95,7 +96,7 @@ def table(description: dict[str, Any]) -> str:
             lines.append(f"quarantined in {name}: {count} x {reason}")
     lines.append(f"networks kept: {', '.join(description['models']) or 'none'}")
     if not description["complete"]:
-        lines.append("incomplete: the same `emkum extract` command finishes it")
+        lines.append("incomplete: the `emkum extract` command of the split finishes it")
     return "\n".join(lines)
 
 

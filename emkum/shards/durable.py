@@ -6,6 +6,8 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +48,15 @@ def sync_dir(folder: Path) -> None:
         os.close(handle)
 
 
+def make_dir(folder: Path) -> None:
+    """Creates a folder and its ancestors so that they survive a power loss."""
+    if folder.is_dir():
+        return
+    make_dir(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_dir(folder.parent)
+
+
 class DurableFile:
     """One object written front to back; appears under its name at `commit`, whole, or never.
 
@@ -58,7 +69,7 @@ class DurableFile:
         self._digest = hashlib.sha256()
         self._temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
         with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_dir(path.parent)
             self._handle: int | None = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
     def write(self, data: bytes | memoryview) -> None:
@@ -106,12 +117,10 @@ def write_file(path: Path, data: bytes) -> str:
 
 def sweep_temporaries(folder: Path, older_than_seconds: float) -> int:
     """Removes unfinished writes below `folder` that nobody has touched for a while; returns how many."""
-    import time
-
     removed = 0
-    for path in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
+    for path in list(folder.rglob(f".*{TEMPORARY_SUFFIX}")):
         with contextlib.suppress(OSError):
-            if path.is_file() and time.time() - path.stat().st_mtime > older_than_seconds:
-                path.unlink()
+            if time.time() - path.stat().st_mtime > older_than_seconds:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed += 1
     return removed

@@ -84,6 +84,6 @@ def require_same(field: str, cached: dict[str, Any], asked: Fingerprint, cache: 
     if found:
         raise FingerprintMismatch(
             f"{cache} field {field} was computed differently: " + "; ".join(found),
-            "repeat the settings of the cache (`emkum cache info` shows them), give this network another name "
-            "with --name, or write to another folder with --cache",
+            "repeat the settings of the cache (`emkum cache info --json` shows them), give another teacher another "
+            "name with --name, or write to another folder with --cache",
         )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+
+from emkum.errors import UsageError
 
 FORMAT = 1
 DEFAULT_ROWS_PER_BLOCK = 1024
@@ -154,6 +157,16 @@ def segment_dir(number: int) -> str:
 
 def model_dir(name: str) -> str:
     return f"{RECORDS}/models/{name}"
+
+
+def check_cache_name(name: str) -> str:
+    """A network's name as a part of field names. Raises UsageError for what docs/format.md does not allow there."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name.endswith(".tmp"):
+        raise UsageError(
+            f"{name!r} cannot name a network in a cache",
+            "use letters, digits, '.', '_' and '-', a letter or digit first: --name",
+        )
+    return name
 
 
 # --- Zarr metadata -------------------------------------------------------------------------------------

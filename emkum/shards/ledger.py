@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,13 @@ def read_receipts(root: Path, field: str) -> dict[tuple[int, int], Receipt]:
     folder = root / RECORDS / "receipts" / field
     found = {}
     if folder.is_dir():
-        for path in sorted(folder.glob("[0-9]*.json")):
+        for path in sorted(p for p in folder.iterdir() if re.fullmatch(r"[0-9]{6,}-[0-9]+\.json", p.name)):
             receipt = _read_receipt(path)
             if path != root / receipt_path(receipt.field, receipt.block, receipt.view) or receipt.field != field:
-                raise CorruptCache(f"{path} is the receipt of {receipt.field} block {receipt.block}-{receipt.view}")
+                raise CorruptCache(
+                    f"{path} is the receipt of {receipt.field} block {receipt.block}-{receipt.view}",
+                    "delete this one file; the next extract redoes its block",
+                )
             found[receipt.block, receipt.view] = receipt
     return found
 
@@ -109,10 +113,10 @@ def _read_receipt(path: Path) -> Receipt:
             record["first_row"],
             record["rows"],
             record["fingerprint_digest"],
-            tuple(CommittedObject(**o) for o in record["objects"]),
+            tuple(CommittedObject(o["path"], o["bytes"], o["sha256"]) for o in record["objects"]),
             record["statistics"],
             record["error"],
-            tuple(Quarantined(**q) for q in record["quarantined"]),
+            tuple(Quarantined(q["row"], q["tar"], q["key"], q["reason"]) for q in record["quarantined"]),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCache(

@@ -17,7 +17,16 @@ import pyarrow as pa
 
 from emkum.errors import CorruptCache, IncompleteCache, MissingField, UsageError
 from emkum.shards.codec import decode_int8
-from emkum.shards.layout import RECORDS, TEXT_TILE, ArraySpec, FieldSpec, field_from_record, model_dir, object_path
+from emkum.shards.layout import (
+    RECORDS,
+    TEXT_TILE,
+    ArraySpec,
+    FieldSpec,
+    field_from_record,
+    field_record_path,
+    model_dir,
+    object_path,
+)
 from emkum.shards.ledger import Receipt, read_field_record, read_receipts
 from emkum.shards.segments import CAPTIONS, SAMPLES, Segment, read_captions, read_samples, read_segments
 from emkum.shards.writer import ABSENT, read_root
@@ -50,6 +59,10 @@ class Cache:
         records = root / RECORDS / "fields"
         for record_path in sorted(records.rglob("*.json")) if records.is_dir() else []:
             field = Field(root, segments, rows_per_block, read_field_record(record_path), shards)
+            if record_path != root / field_record_path(field.name):
+                raise CorruptCache(
+                    f"{record_path} is the record of {field.name}", "restore it from a copy of the cache"
+                )
             fields[field.name] = field
         return cls(root, uuid, rows_per_block, segments, fields)
 
@@ -127,7 +140,7 @@ class Field:
                     "delete the receipt; the next extract redoes its block",
                 )
         self._blocks: dict[tuple[str, int, int], np.ndarray] = {}
-        self._lock = threading.Lock()
+        self._bad_rows: dict[tuple[int, int], frozenset[int]] = {}
 
     @property
     def name(self) -> str:
@@ -254,6 +267,13 @@ class Field:
             )
         return receipt
 
+    def _left_out(self, row: int, view: int) -> frozenset[int]:
+        """The quarantined rows of the row's block."""
+        key = row // self._rows_per_block, view
+        if key not in self._bad_rows:
+            self._bad_rows[key] = frozenset(q.row for q in self._receipt(row, view).quarantined)
+        return self._bad_rows[key]
+
     def _read_sibling(self, name: str, rows: np.ndarray, view: int | np.ndarray) -> np.ndarray:
         rows = np.asarray(rows, dtype=np.int64)
         array = self.spec.array(name)
@@ -263,10 +283,11 @@ class Field:
 
     def _read_plain(self, name: str, rows: np.ndarray, views: np.ndarray, out: np.ndarray) -> None:
         """Unsharded arrays: whole blocks are checked once and kept in RAM."""
-        places = np.stack([rows // self._rows_per_block, views], axis=1)
-        for place in np.unique(places, axis=0):
-            here = np.flatnonzero((places == place).all(axis=1))
-            receipt = self._receipt(int(rows[here].max()), int(place[1]))
+        blocks = rows // self._rows_per_block
+        order = np.lexsort((views, blocks))
+        changes = np.flatnonzero(np.diff(blocks[order]) | np.diff(views[order])) + 1
+        for here in np.split(order, changes) if len(order) else ():
+            receipt = self._receipt(int(rows[here].max()), int(views[here[0]]))
             bad = np.intersect1d(rows[here], [q.row for q in receipt.quarantined])
             if len(bad):
                 self._refuse_quarantined(receipt, int(bad[0]))
@@ -279,29 +300,21 @@ class Field:
             path = object_path(self.spec, array, receipt.block, receipt.view)
             data = self._read_object(path, _expected_bytes(receipt, path))
             shape = (self._rows_per_block, *array.row_shape)
-            with self._lock:
-                self._blocks[key] = _decode_chunk(data, array, shape, self._root / path)
+            self._blocks[key] = _decode_chunk(data, array, shape, self._root / path)
         return self._blocks[key]
 
     def _static(self, name: str) -> np.ndarray:
-        stated = self.record["statistics"][name]
-        array = self.spec.array(name)
-        data = self._read_object(stated["path"], stated["bytes"])
-        return _decode_chunk(data, array, array.row_shape, self._root / stated["path"])
+        return read_statistic(self._root, self.record, name)
 
     def _read_object(self, path: str, expected_bytes: int) -> bytes:
-        try:
-            data = (self._root / path).read_bytes()
-        except OSError as error:
-            raise CorruptCache(f"object {self._root / path} cannot be read: {error.strerror}", _REPAIR) from error
-        if len(data) != expected_bytes:
-            raise CorruptCache(
-                f"object {self._root / path} has {len(data)} bytes, its receipt says {expected_bytes}", _REPAIR
-            )
-        return data
+        return _read_whole(self._root / path, expected_bytes)
 
     def _refuse_quarantined(self, receipt: Receipt, row: int) -> None:
-        found = next(q for q in receipt.quarantined if q.row == row)
+        found = next((q for q in receipt.quarantined if q.row == row), None)
+        if found is None:
+            raise CorruptCache(
+                f"{self._root} field {self.name} holds nothing of row {row}, which its receipt says is there", _REPAIR
+            )
         raise IncompleteCache(
             f"{self._root} field {self.name}: row {row} ({found.tar}, {found.key}) is quarantined: {found.reason}",
             "take rows from Field.rows()",
@@ -322,7 +335,7 @@ class Field:
         for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
             shard = self._shard(row, view)
             local = row % self._rows_per_block
-            if shard.offsets[local, 0] == ABSENT:
+            if row in self._left_out(row, view) or shard.offsets[local, 0] == ABSENT:
                 self._refuse_quarantined(self._receipt(row, view), row)
             if flat is not None:
                 shard.read_into(local, 0, flat[i])
@@ -339,7 +352,9 @@ class Field:
             local = row % self._rows_per_block
             for tile in range(-(-int(lengths[i]) // TEXT_TILE)):
                 if shard.offsets[local, tile] == ABSENT:
-                    raise CorruptCache(f"{shard.path} lacks tile {tile} of row {row}, whose length is {lengths[i]}")
+                    raise CorruptCache(
+                        f"{shard.path} lacks tile {tile} of row {row}, whose length is {lengths[i]}", _REPAIR
+                    )
                 buffer = np.empty((TEXT_TILE, *self.row_shape[1:]), dtype=self.storage)
                 shard.read_into(local, tile, buffer)
                 out[i, tile * TEXT_TILE : (tile + 1) * TEXT_TILE] = buffer
@@ -415,11 +430,31 @@ class _OpenShards:
             return shard
 
 
+def read_statistic(root: Path, record: dict[str, Any], name: str) -> np.ndarray:
+    """The channel `mean` or `std` of an int8 field's record, float32 [channel]."""
+    stated = record["statistics"][name]
+    array = field_from_record(record).array(name)
+    path = root / stated["path"]
+    return _decode_chunk(_read_whole(path, stated["bytes"]), array, array.row_shape, path)
+
+
+def _read_whole(path: Path, expected_bytes: int) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorruptCache(f"object {path} cannot be read: {error.strerror}", _REPAIR) from error
+    if len(data) != expected_bytes:
+        raise CorruptCache(f"object {path} has {len(data)} bytes, its record says {expected_bytes}", _REPAIR)
+    return data
+
+
 def _expected_bytes(receipt: Receipt, path: str) -> int:
     for committed in receipt.objects:
         if committed.path == path:
             return committed.bytes
-    raise CorruptCache(f"the receipt of {receipt.field} block {receipt.block}-{receipt.view} does not list {path}")
+    raise CorruptCache(
+        f"the receipt of {receipt.field} block {receipt.block}-{receipt.view} does not list {path}", _REPAIR
+    )
 
 
 def _decode_chunk(data: bytes, array: ArraySpec, shape: tuple[int, ...], path: Path) -> np.ndarray:
@@ -427,7 +462,9 @@ def _decode_chunk(data: bytes, array: ArraySpec, shape: tuple[int, ...], path: P
         raise CorruptCache(f"object {path} fails its checksum", _REPAIR)
     dtype = np.dtype(array.dtype)
     if len(data) - 4 != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
-        raise CorruptCache(f"object {path} has {len(data)} bytes, its shape {shape} of {dtype} needs another number")
+        raise CorruptCache(
+            f"object {path} has {len(data)} bytes, its shape {shape} of {dtype} needs another number", _REPAIR
+        )
     values = np.frombuffer(data[:-4], dtype=dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
     values.flags.writeable = False
     return values

@@ -104,9 +104,13 @@ def segment_digest(record: dict[str, Any]) -> str:
 def read_segments(root: Path) -> list[Segment]:
     """All committed segments in order. Raises CorruptCache for a gap, a torn or an altered record."""
     folder = root / RECORDS / "segments"
-    numbers = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    numbers = sorted(int(name) for name in names if re.fullmatch(r"[0-9]+", name))
     if numbers != list(range(len(numbers))):
-        raise CorruptCache(f"{folder} holds segments {numbers}; they must be 0, 1, 2, ... without gaps")
+        raise CorruptCache(
+            f"{folder} holds segments {numbers}; they must be 0, 1, 2, ... without gaps",
+            "restore the missing ones from a copy of the cache",
+        )
     return [_read_segment(root, number) for number in numbers]
 
 
@@ -177,15 +181,15 @@ def append_segment(
     samples, captions, image, text = _tables(segments, tars, rows_per_block)
     final = root / segment_dir(number)
     temporary = final.parent / f".{number}.{uuid.uuid4().hex}.tmp"
-    parquet = {
-        "samples.parquet": write_file(temporary / "samples.parquet", _parquet_bytes(samples)),
-        "captions.parquet": write_file(temporary / "captions.parquet", _parquet_bytes(captions)),
-    }
-    sources = tuple(Source(t.name, t.bytes, t.sha256, len(t.samples), os.path.abspath(t.path)) for t in tars)
-    segment = Segment(number, split, image, text, views, sources, parquet, digest="")
-    segment = replace(segment, digest=segment_digest(_to_json(segment)))
-    write_file(temporary / "segment.json", pretty_json(_to_json(segment)))
     try:
+        parquet = {
+            "samples.parquet": write_file(temporary / "samples.parquet", _parquet_bytes(samples)),
+            "captions.parquet": write_file(temporary / "captions.parquet", _parquet_bytes(captions)),
+        }
+        sources = tuple(Source(t.name, t.bytes, t.sha256, len(t.samples), os.path.abspath(t.path)) for t in tars)
+        segment = Segment(number, split, image, text, views, sources, parquet, digest="")
+        segment = replace(segment, digest=segment_digest(_to_json(segment)))
+        write_file(temporary / "segment.json", pretty_json(_to_json(segment)))
         with storage_errors(final):
             try:
                 os.rename(temporary, final)
@@ -284,16 +288,16 @@ def _read_segment(root: Path, number: int) -> Segment:
         segment = Segment(
             record["segment"],
             record["split"],
-            Span(**record["image"]),
-            Span(**record["text"]),
+            Span(record["image"]["first_row"], record["image"]["rows"]),
+            Span(record["text"]["first_row"], record["text"]["rows"]),
             ViewPolicy.from_json(record["views"]),
-            tuple(Source(**source) for source in record["sources"]),
+            tuple(Source(s["tar"], s["bytes"], s["sha256"], s["samples"], s["path"]) for s in record["sources"]),
             record["parquet"],
             record["digest"],
         )
         expected = segment_digest(record)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCache(f"{path} cannot be read: {error}", "run `emkum cache info` on a good copy") from error
+        raise CorruptCache(f"{path} cannot be read: {error}", "restore it from a copy of the cache") from error
     if expected != segment.digest or segment.number != number:
         raise CorruptCache(
             f"{path} was altered: its contents have digest {expected[:12]}..., it states {segment.digest[:12]}...",

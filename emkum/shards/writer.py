@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import struct
 import uuid as uuid_module
 from collections.abc import Sequence
@@ -15,13 +14,14 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from emkum.errors import CorruptCache, FingerprintMismatch, NewerFormat, NotACache
+from emkum.errors import CorruptCache, FingerprintMismatch, IdentityMismatch, NewerFormat, NotACache
 from emkum.shards.codec import Encoded, Summary
 from emkum.shards.durable import DurableFile, sweep_temporaries, write_file
 from emkum.shards.fingerprint import Fingerprint, require_same
 from emkum.shards.layout import (
     DEFAULT_ROWS_PER_BLOCK,
     FORMAT,
+    RECORDS,
     ArraySpec,
     FieldSpec,
     array_metadata,
@@ -78,21 +78,38 @@ def read_root(path: Path) -> tuple[str, int]:
 
 
 class CacheWriter:
-    """The only writer of a cache folder. Opens it, or creates it with `rows_per_block`."""
+    """The only writer of a cache folder. Opens it, or creates it with `rows_per_block`.
+
+    Whoever writes from several processes holds a `claim.WriterClaim` meanwhile.
+    Raises NotACache, NewerFormat, CorruptCache; IdentityMismatch if the cache has other blocks.
+    """
 
     def __init__(self, path: Path | str, rows_per_block: int | None = None) -> None:
         self.path = Path(path)
         if not (self.path / "zarr.json").exists():
-            if self.path.is_dir() and any(self.path.iterdir()):
-                raise NotACache(
-                    f"{self.path} is not empty and holds no emkum cache",
-                    "choose another folder with --cache; nothing in it was changed",
-                )
-            rows = rows_per_block or DEFAULT_ROWS_PER_BLOCK
-            write_file(self.path / "zarr.json", pretty_json(root_metadata(uuid_module.uuid4().hex, rows)))
+            self._create(rows_per_block)
         self.uuid, self.rows_per_block = read_root(self.path)
-        sweep_temporaries(self.path, STALE_SECONDS)
         self.segments = read_segments(self.path)
+        if rows_per_block not in (None, self.rows_per_block):
+            if self.segments:
+                raise IdentityMismatch(
+                    f"{self.path} has blocks of {self.rows_per_block} rows; this run asks for {rows_per_block}",
+                    "leave --rows-per-block out, or write to another folder with --cache",
+                )
+            self._create(rows_per_block)  # nothing is in it yet
+            self.uuid, self.rows_per_block = read_root(self.path)
+        sweep_temporaries(self.path, STALE_SECONDS)
+
+    def _create(self, rows_per_block: int | None) -> None:
+        found = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+        ours = ("zarr.json", RECORDS, "lost+found")
+        if any(name not in ours and not name.startswith(".") for name in found):
+            raise NotACache(
+                f"{self.path} is not empty and holds no emkum cache",
+                "choose another folder with --cache; nothing in it was changed",
+            )
+        rows = rows_per_block or DEFAULT_ROWS_PER_BLOCK
+        write_file(self.path / "zarr.json", pretty_json(root_metadata(uuid_module.uuid4().hex, rows)))
 
     def append_segment(self, split: str, views: ViewPolicy, tars: Sequence[SourceTar]) -> Segment:
         """Adds the samples of `tars`; rows exist from now on, their blocks are committed one by one."""
@@ -121,13 +138,18 @@ class CacheWriter:
         if record is not None:
             require_same(field.name, record["fingerprint"], fingerprint, str(self.path))
             if field_from_record(record) != field:
-                raise FingerprintMismatch(f"{self.path} field {field.name} has another shape or storage")
+                raise FingerprintMismatch(
+                    f"{self.path} field {field.name} holds rows of {field_from_record(record).row_shape}; this run "
+                    f"gives {field.row_shape}",
+                    "write to another folder with --cache",
+                )
             return
         static = {}
         if field.storage == "int8":
             assert statistics is not None
             for name, values in zip(("mean", "std"), statistics, strict=True):
                 array = field.array(name)
+                assert values.shape == array.row_shape, (field.name, name, values.shape)
                 self._write_array_metadata(field, array, 0, 0)
                 static[name] = dataclasses.asdict(self._write_chunk(field, array, values, 0, 0))
         record = {
@@ -171,10 +193,14 @@ class CacheWriter:
     def _write_array_metadata(self, field: FieldSpec, array: ArraySpec, num_blocks: int, num_views: int) -> None:
         path = self.path / field.name / array.name / "zarr.json"
         if array.per_row and path.exists():
-            shape = json.loads(path.read_bytes())["shape"]
-            num_blocks = max(num_blocks, shape[0] // self.rows_per_block)
-            if field.has_views:
-                num_views = max(num_views, shape[1])
+            try:
+                shape = [int(extent) for extent in json.loads(path.read_bytes())["shape"]]
+                num_blocks = max(num_blocks, shape[0] // self.rows_per_block)
+                num_views = max(num_views, shape[1]) if field.has_views else num_views
+            except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+                raise CorruptCache(
+                    f"{path} cannot be read: {error}", "delete this one file; the same command writes it again"
+                ) from error
         metadata = array_metadata(field, array, num_blocks, num_views, self.rows_per_block)
         _write_if_other(path, pretty_json(metadata))
 
@@ -334,10 +360,3 @@ def _error(field: FieldSpec, summary: Summary) -> dict[str, float] | None:
 def _write_if_other(path: Path, data: bytes) -> None:
     if not path.exists() or path.read_bytes() != data:
         write_file(path, data)
-
-
-def check_cache_name(name: str) -> str:
-    """A network's name as part of a field name. Raises ValueError for what cannot be a folder name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise ValueError(f"{name!r} is not usable in field names")
-    return name

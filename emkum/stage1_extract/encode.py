@@ -27,17 +27,21 @@ def encode_batch(
     Raises NonFiniteFeature naming the first row with inf, NaN, or a value outside the storage type.
     """
     whole = values
+    real = None
+    if length is not None and values.ndim == 3:
+        real = torch.from_numpy(np.arange(values.shape[1]) < length[:, None]).to(values.device)
     limit = FLOAT16_MAX if storage == "float16" else float(torch.finfo(torch.float32).max)
     scale = None
     if storage == "int8":
+        if not torch.isfinite(values).all():
+            _refuse(whole, field, storage, names, limit)
         assert statistics is not None
         stored, scale = quantise.encode_int8(values, *statistics)
         decoded = quantise.decode_int8(stored, scale, *statistics)
     else:
         stored = values.to(getattr(torch, storage))
         decoded = stored.float()
-    if length is not None and values.ndim == 3:  # padding is not part of the statistics
-        real = torch.from_numpy(np.arange(values.shape[1]) < length[:, None]).to(values.device)
+    if real is not None:  # padding is not part of the statistics
         decoded, values = decoded[real], values[real]
     error = decoded - values if storage != "float32" else None
     numbers = [values.min(), values.max(), values.sum(dtype=torch.float64), _squares(values)]

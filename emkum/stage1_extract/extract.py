@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -17,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 from emkum.errors import TooManyBadSamples
-from emkum.models.passes import FrozenPass
+from emkum.models.passes import FrozenPass, Wanted
 from emkum.models.tokenizer import text_ids
 from emkum.shards.audit import readable_bytes
 from emkum.shards.codec import Encoded, Summary, encode, summarise
-from emkum.shards.reader import Cache
+from emkum.shards.reader import read_statistic
 from emkum.shards.segments import read_captions
 from emkum.shards.writer import BlockWriter
 from emkum.stage1_extract.encode import encode_batch
@@ -54,15 +55,21 @@ def extract(config: ExtractConfig, say: Say = print) -> ExtractResult:
     `say` receives one line a step. Raises the errors of emkum.errors; whatever was committed stays, and the same
     call continues.
     """
+    with contextlib.ExitStack() as held:
+        return _run(config, say, held)
+
+
+def _run(config: ExtractConfig, say: Say, held: contextlib.ExitStack) -> ExtractResult:
     started = time.perf_counter()
-    plan = make_plan(config)
+    plan = make_plan(config, held)
+    config = plan.config
     say(_contents_line(plan))
     if not plan.tasks:
         say(f"nothing to do: {config.cache} holds every block of {', '.join(plan.fields)}")
         return ExtractResult(0, 0, 0, time.perf_counter() - started, 0.0, 0)
-    _declare(plan)
     for line in _bill(plan):
         say(line)
+    _declare(plan)
     bad = _Quarantine(plan)
     text_tasks = [task for task in plan.tasks if _space(plan, task) == "text"]
     image_tasks = [task for task in plan.tasks if _space(plan, task) == "image"]
@@ -128,7 +135,8 @@ def _encode_pictures(
     outputs = {}
     if plan.image_pass is not None:
         crops = torch.from_numpy(np.stack([row.crop for row in good if row.crop is not None]))
-        outputs = dict(zip(plan.image_pass.wanted, plan.image_pass.pictures(crops), strict=True))
+        wanted = _wanted(plan, batch.task)
+        outputs = dict(zip(wanted, plan.image_pass.pictures(crops, wanted), strict=True))
     for name in batch.task.fields:
         field = plan.fields[name]
         if field.wanted is None:
@@ -137,6 +145,11 @@ def _encode_pictures(
             names = [row.picture.name for row in good]
             encoded[name] = encode_batch(outputs[field.wanted], name, field.spec.storage, names, statistics.get(name))
     return encoded
+
+
+def _wanted(plan: Plan, task: Task) -> list[Wanted]:
+    """The outputs that the task's missing fields need."""
+    return [field.wanted for name in task.fields if (field := plan.fields[name]).wanted is not None]
 
 
 def _extract_captions(plan: Plan, tasks: Sequence[Task], writing: _Writing, progress: _Progress) -> None:
@@ -148,7 +161,8 @@ def _extract_captions(plan: Plan, tasks: Sequence[Task], writing: _Writing, prog
             segment, table = task.segment, read_captions(config.cache, task.segment)
         assert table is not None
         rows = table.slice(task.first_row - task.segment.text.first_row, task.rows)
-        captions, keys = rows["caption"].to_pylist(), rows["key"].to_pylist()
+        captions = rows["caption"].to_pylist()
+        keys = [f"{tar}/{key}" for tar, key in zip(rows["tar"].to_pylist(), rows["key"].to_pylist(), strict=True)]
         for first in range(0, task.rows, config.batch_size):
             here = slice(first, first + config.batch_size)
             with progress.waiting("forward"):
@@ -171,14 +185,13 @@ def _encode_captions(
     for name in task.fields:
         field = plan.fields[name]
         if field.wanted is None:
-            ids_zeroed = np.where(np.arange(ids.shape[1]) < length[:, None], ids, 0).astype(np.int32)
-            encoded[name] = Encoded(ids_zeroed, None, length, summarise(ids_zeroed.astype(np.float32)))
+            real = np.arange(ids.shape[1]) < length[:, None]
+            encoded[name] = Encoded(np.where(real, ids, 0), None, length, summarise(ids[real].astype(np.float32)))
     if plan.text_pass is not None:
         longest = int(length.max())
         mask = torch.from_numpy(np.arange(longest) < length[:, None])
-        outputs = dict(
-            zip(plan.text_pass.wanted, plan.text_pass.texts(torch.from_numpy(ids[:, :longest]), mask), strict=True)
-        )
+        wanted = _wanted(plan, task)
+        outputs = dict(zip(wanted, plan.text_pass.texts(torch.from_numpy(ids[:, :longest]), mask, wanted), strict=True))
         for name in task.fields:
             field = plan.fields[name]
             if field.wanted is not None:
@@ -220,26 +233,34 @@ def _measure_statistics(plan: Plan) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         if field.spec.storage == "int8" and plan.writer.field_record(name) is None
     ]
     sums: dict[str, _Moments] = {name: _Moments() for name in wanting}
-    for task in _sampled(plan, wanting, "image"):
-        stream = PictureStream(
-            plan.config.cache, [task], plan.paths, plan.config.size, plan.config.batch_size, default_threads()
-        )
-        try:
-            for batch in stream:
-                crops = [row.crop for row in batch.rows if row.crop is not None]
-                if crops and plan.image_pass is not None:
-                    outputs = plan.image_pass.pictures(torch.from_numpy(np.stack(crops)))
-                    _add_moments(plan, plan.image_pass, outputs, sums, None)
-        finally:
-            stream.close()
-    for task in _sampled(plan, wanting, "text"):
+    config, tasks = plan.config, _sampled(plan, wanting, "image")
+    stream = PictureStream(
+        config.cache, tasks, plan.paths, config.size, config.batch_size, config.threads or default_threads()
+    )
+    try:
+        for batch in stream:
+            crops = [row.crop for row in batch.rows if row.crop is not None]
+            if crops and plan.image_pass is not None:
+                outputs = plan.image_pass.pictures(torch.from_numpy(np.stack(crops)))
+                _add_moments(plan, plan.image_pass, outputs, sums, None)
+    finally:
+        stream.close()
+    tasks = _sampled(plan, wanting, "text")
+    table = read_captions(config.cache, tasks[0].segment) if tasks else None
+    for task in tasks:
+        assert table is not None
         assert plan.text_pass is not None
         assert plan.tokenizer is not None
-        table = read_captions(plan.config.cache, task.segment)
-        captions = table["caption"].to_pylist()[task.first_row - task.segment.text.first_row :][: task.rows]
+        captions = table["caption"].slice(task.first_row - task.segment.text.first_row, task.rows).to_pylist()
         ids, length = text_ids(plan.tokenizer, captions, plan.config.max_tokens)
         mask = torch.from_numpy(np.arange(ids.shape[1]) < length[:, None])
         _add_moments(plan, plan.text_pass, plan.text_pass.texts(torch.from_numpy(ids), mask), sums, mask)
+    for name, moments in sums.items():
+        if not moments.count:
+            raise TooManyBadSamples(
+                f"none of the samples looked at for the channel statistics of {name} can be used",
+                "look at the data, or store float16: --storage float16",
+            )
     return {name: moments.mean_std() for name, moments in sums.items()}
 
 
@@ -248,7 +269,7 @@ def _sampled(plan: Plan, wanting: Sequence[str], space: str) -> list[Task]:
     names = tuple(name for name in wanting if plan.fields[name].spec.space == space)
     if not names:
         return []
-    segment = plan.segments[0]
+    segment = next(s for s in plan.segments if (s.image if space == "image" else s.text).rows)
     span = segment.image if space == "image" else segment.text
     pieces = max(1, min(STATISTICS_ROWS, span.rows) // 16)
     starts = np.linspace(0, max(span.rows - 16, 0), pieces).astype(int)
@@ -297,17 +318,14 @@ def _add_moments(
 
 def _device_statistics(plan: Plan) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The recorded mean and std of int8 fields, on the device that computes them."""
-    names = [name for name, field in plan.fields.items() if field.spec.storage == "int8"]
-    if not names:
-        return {}
-    cache = Cache.open(plan.config.cache)
     found = {}
-    for name in names:
-        frozen = plan.image_pass if plan.fields[name].spec.space == "image" else plan.text_pass
-        if frozen is not None:
-            field = cache.field(name)
-            found[name] = tuple(torch.from_numpy(np.array(x)).to(frozen.device) for x in (field.mean, field.std))
-    return found  # type: ignore[return-value]
+    for name, field in plan.fields.items():
+        frozen = plan.image_pass if field.spec.space == "image" else plan.text_pass
+        record = plan.writer.field_record(name)
+        if field.spec.storage == "int8" and frozen is not None and record is not None:
+            mean, std = (np.array(read_statistic(plan.writer.path, record, which)) for which in ("mean", "std"))
+            found[name] = torch.from_numpy(mean).to(frozen.device), torch.from_numpy(std).to(frozen.device)
+    return found
 
 
 # --- writing, in a thread of its own ---------------------------------------------------------------------
@@ -323,7 +341,6 @@ class _Writing:
         self._open: dict[str, BlockWriter] = {}
         self._task: Task | None = None
         self._bytes = 0
-        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="write", daemon=True)
 
     def put(self, batch: Batch, encoded: dict[str, Encoded]) -> None:
@@ -359,7 +376,7 @@ class _Writing:
             work = self._queue.get()
             if work is None:
                 return
-            if self._failure is not None or self._stopping:
+            if self._failure is not None:
                 continue
             try:
                 work()
@@ -414,7 +431,6 @@ class _Writing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stopping = True  # what is queued is dropped: its block is not complete
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
@@ -444,8 +460,9 @@ class _Quarantine:
         self._config = plan.config
         self._total = sum(segment.image.rows for segment in plan.segments)
         boxes = next((name for name, field in plan.fields.items() if field.spec.kind == "boxes"), None)
-        receipts = plan.writer.receipts(boxes) if boxes else {}
-        self._rows = {(q.tar, q.key) for receipt in receipts.values() for q in receipt.quarantined}
+        receipts = plan.writer.receipts(boxes).values() if boxes else ()
+        numbers = {segment.number for segment in plan.segments}
+        self._rows = {(q.tar, q.key) for r in receipts if r.segment in numbers for q in r.quarantined}
         self._before = len(self._rows)
         self._examples: list[str] = []
 
@@ -469,7 +486,7 @@ class _Quarantine:
             raise TooManyBadSamples(
                 f"{len(self._rows)} of {self._total} pictures cannot be used, --max-bad {self._config.max_bad:g} "
                 f"allows {int(allowed)}; the first: " + "; ".join(self._examples[:3]),
-                f"look at these files, or allow more: --max-bad {len(self._rows) / self._total * 2:.2g}",
+                f"look at these files, or allow more: --max-bad {min(1.0, len(self._rows) / self._total * 2):.2g}",
             )
 
 
@@ -555,8 +572,9 @@ def _expected_seconds(plan: Plan) -> float | None:
         rows = sum(task.rows for task in plan.tasks if _space(plan, task) == "image")
         if rows > 8 * batch:
             crops = torch.zeros(batch, plan.config.size, plan.config.size, 3, dtype=torch.uint8)
+            plan.image_pass.pictures(crops[:1])[0].cpu()  # the first pass sets the device up
             started = time.perf_counter()
-            plan.image_pass.pictures(crops)
+            plan.image_pass.pictures(crops)[0].cpu()
             seconds += (time.perf_counter() - started) * rows / batch
             known = True
     if plan.text_pass is not None:
@@ -564,7 +582,7 @@ def _expected_seconds(plan: Plan) -> float | None:
         if rows > 8 * batch:
             ids = torch.zeros(batch, 16, dtype=torch.int64)
             started = time.perf_counter()
-            plan.text_pass.texts(ids, torch.ones(batch, 16, dtype=torch.bool))
+            plan.text_pass.texts(ids, torch.ones(batch, 16, dtype=torch.bool))[0].cpu()
             seconds += (time.perf_counter() - started) * rows / batch
             known = True
     return seconds if known else None
@@ -583,7 +601,7 @@ def _conservation(plan: Plan, bad: _Quarantine) -> list[str]:
 def _summary(result: ExtractResult) -> list[str]:
     rate = result.rows / result.seconds if result.seconds else 0.0
     return [
-        f"committed {result.blocks} blocks, {readable_bytes(result.bytes)}, {result.rows:,} rows "
+        f"committed {result.blocks} blocks of rows, {readable_bytes(result.bytes)}, {result.rows:,} rows "
         f"in {_duration(result.seconds)} ({rate:,.0f} rows/s)"
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from emkum.errors import BadPicture, SourceChanged
+from emkum.errors import BadPicture
 from emkum.shards.segments import Segment, read_samples
+from emkum.shards.tars import read_member
 from emkum.shards.views import Box, ViewPolicy, box_for, decode_view
 from emkum.stage1_extract.plan import Task
 
@@ -61,7 +61,6 @@ class PictureStream:
         self._size, self._batch_size = size, batch_size
         self._window = 4 * batch_size + threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._handles: dict[str, int] = {}
         self._tables: dict[int, pa.Table] = {}  # of the segment at hand
 
     def __iter__(self) -> Iterator[Batch]:
@@ -88,9 +87,6 @@ class PictureStream:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
 
     def _of(self, task: Task) -> list[Picture]:
         if task.segment.number not in self._tables:
@@ -100,13 +96,7 @@ class PictureStream:
         return [Picture(*line) for line in zip(*(column.to_pylist() for column in table.columns), strict=True)]
 
     def _decode(self, policy: ViewPolicy, view: int, picture: Picture) -> Decoded:
-        handle = self._handle(picture.tar)
-        data = os.pread(handle, picture.size, picture.offset)
-        if len(data) != picture.size:
-            raise SourceChanged(
-                f"{self._paths[picture.tar]} ends inside {picture.key}: {len(data)} of {picture.size} bytes",
-                "restore the tar, then run the same command again",
-            )
+        data = read_member(self._paths[picture.tar], picture.offset, picture.size)
         try:
             crop, box = decode_view(
                 data,
@@ -116,16 +106,6 @@ class PictureStream:
         except BadPicture as error:
             return Decoded(picture, None, None, error.what)
         return Decoded(picture, crop, box)
-
-    def _handle(self, tar: str) -> int:
-        handle = self._handles.get(tar)
-        if handle is None:
-            handle = os.open(self._paths[tar], os.O_RDONLY)
-            other = self._handles.setdefault(tar, handle)
-            if other != handle:  # another thread was first
-                os.close(handle)
-            handle = other
-        return handle
 
 
 def picture_table(cache: Path, segment: Segment) -> pa.Table:

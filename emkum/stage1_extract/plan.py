@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 import emkum
 from emkum.errors import (
+    CorruptCache,
     FingerprintMismatch,
     MissingCaptions,
     NoData,
@@ -25,11 +27,13 @@ from emkum.errors import (
     UsageError,
     WeightsUnavailable,
 )
+from emkum.models.backbone import Backbone, TextEmbedding
 from emkum.models.catalogue import load_network
 from emkum.models.network import Network, save_network
 from emkum.models.passes import FrozenPass, Wanted, good_compute
+from emkum.shards.claim import WriterClaim
 from emkum.shards.fingerprint import Fingerprint, require_same
-from emkum.shards.layout import STORAGES, TEXT_TILE, FieldSpec, Kind, canonical_json, model_dir
+from emkum.shards.layout import STORAGES, TEXT_TILE, FieldSpec, Kind, canonical_json, check_cache_name, model_dir
 from emkum.shards.segments import (
     Segment,
     check_split_name,
@@ -38,9 +42,9 @@ from emkum.shards.segments import (
     require_same_views,
     require_split,
 )
-from emkum.shards.tars import SourceTar, find_tars, scan_tars
+from emkum.shards.tars import SourceTar, find_tars
 from emkum.shards.views import DECODER, Box, ViewPolicy
-from emkum.shards.writer import CacheWriter, check_cache_name
+from emkum.shards.writer import CacheWriter, read_root
 from emkum.stage1_extract.scans import ScanMemory
 
 IMAGE_TARGETS = ("cls", "patches", "layers", "logits")
@@ -85,6 +89,7 @@ class ExtractConfig:
         unknown = [t for t in self.targets if t not in IMAGE_TARGETS]
         _require(not unknown, f"unknown target {', '.join(unknown)}", f"choose from {', '.join(IMAGE_TARGETS)}")
         _require(0 <= self.max_bad <= 1, f"--max-bad {self.max_bad}", "give a fraction between 0 and 1")
+        _require(self.threads is None or self.threads > 0, f"--threads {self.threads}", "give 1 or more")
         _require(self.batch_size > 0, f"--batch-size {self.batch_size}", "give a positive number")
         _require(self.views > 0, f"--views {self.views}", "give a positive number")
         _require(0 < self.size <= 4096, f"--size {self.size}", "give the crop's side in pixels, 1 to 4096")
@@ -101,10 +106,8 @@ class ExtractConfig:
             _require(0 < low <= high <= 1, f"--crop {low}-{high}", "give area fractions, as 0.9-1.0 or 1.0")
         if self.name is not None:
             _require(len(self.teacher) == 1, "--name with several teachers", "name one teacher per command")
-            try:
-                check_cache_name(self.name)
-            except ValueError as error:
-                raise UsageError(str(error), "use letters, digits, '.', '_' and '-'") from None
+            check_cache_name(self.name)
+        _ = self.policy  # raises UsageError for crops, jitter and views that cannot be
 
     @property
     def policy(self) -> ViewPolicy:
@@ -159,18 +162,19 @@ class Plan:
         """Bytes the missing blocks will take at most (ragged text counted in full)."""
         return sum(task.rows * self.fields[name].spec.bytes_per_row for task in self.tasks for name in task.fields)
 
-    def missing_fields(self, space: str) -> list[PlannedField]:
-        names = {name for task in self.tasks for name in task.fields}
-        return [field for name, field in self.fields.items() if name in names and field.spec.space == space]
 
-
-def make_plan(config: ExtractConfig) -> Plan:
+def make_plan(config: ExtractConfig, held: ExitStack) -> Plan:
     """Scans the tars, loads the networks, opens or creates the cache, and lists the missing blocks.
 
-    New tars become a segment here; nothing else is written but field records and metadata.
+    Written are the cache's root, the frozen networks and a segment of new tars. held: receives the claim on the
+    cache, to be released when the run ends. Raises before anything is written where the cache was made otherwise.
     """
     paths = find_tars(config.data)
     device = _device(config.device)
+    exists = (Path(config.cache) / "zarr.json").exists()
+    if exists:
+        read_root(Path(config.cache))
+        held.enter_context(WriterClaim(config.cache))
     networks = _load_networks(config)
     memory = ScanMemory(config.cache)
     known, tars = _scan(paths, memory)
@@ -178,10 +182,13 @@ def make_plan(config: ExtractConfig) -> Plan:
     networks = _complete(networks, config, has_pictures, has_captions)
 
     writer = CacheWriter(config.cache, config.rows_per_block)
+    if not exists:
+        held.enter_context(WriterClaim(config.cache))
+    config = _with_views_of_the_split(config, writer.segments)
     fresh = new_sources(writer.segments, config.split, tars)
     for path in known:
         require_split(writer.segments, config.split, os.path.basename(path))
-    if fresh:
+    if any(sample.picture for tar in fresh for sample in tar.samples):
         require_same_views(writer.segments, config.split, config.policy)
     fields, image_pass, text_pass = _fields(config, networks, device, writer, has_pictures, has_captions)
     for field in fields.values():
@@ -192,10 +199,10 @@ def make_plan(config: ExtractConfig) -> Plan:
     memory.remember(tars)
     names = {tar.name for tar in tars} | {os.path.basename(path) for path in known}
     segments = tuple(s for s in writer.segments if s.split == config.split and names & {x.tar for x in s.sources})
-    for segment in segments:
-        require_same_views([segment], config.split, config.policy)
+    if any(field.spec.space == "image" for field in fields.values()):
+        require_same_views(segments, config.split, config.policy)
     where = {os.path.basename(path): path for path in paths}
-    _require_tars(segments, where)
+    _require_tars(segments, where, memory)
     tasks = _tasks(config, writer, fields, segments)
     missing = {name for task in tasks for name in task.fields}
     image_pass, text_pass = (_narrowed(p, fields, missing) for p in (image_pass, text_pass))
@@ -248,6 +255,7 @@ def _load_networks(config: ExtractConfig) -> _Networks:
     def load(source: str, name: str | None = None) -> Network:
         if source not in loaded:
             loaded[source] = load_network(source, name=name)
+            check_cache_name(loaded[source].name)
         return loaded[source]
 
     teachers = tuple(load(source, config.name) for source in config.teacher)
@@ -313,7 +321,7 @@ def _default_text_encoder() -> Network:
 
 def _keep_networks(cache: Path, networks: _Networks) -> None:
     """Stores the frozen encoders in the cache, so that training needs nothing else."""
-    for network in (networks.encoder, networks.text_encoder):
+    for network in (networks.encoder, networks.tokenizer):
         if network is None:
             continue
         folder = Path(cache) / model_dir(network.name)
@@ -321,12 +329,16 @@ def _keep_networks(cache: Path, networks: _Networks) -> None:
         if not record.exists():
             save_network(network, folder)
             continue
-        kept = str(json.loads(record.read_bytes())["weights_sha256"])
-        if kept != network.weights_sha256:
+        try:
+            kept = json.loads(record.read_bytes())
+            weights, shape = str(kept["weights_sha256"]), kept["architecture"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptCache(f"{record} cannot be read: {error}", "delete its folder, then run again") from error
+        if weights != network.weights_sha256 or shape != network.backbone.spec.to_json():
             raise FingerprintMismatch(
-                f"{cache} keeps a network {network.name} with weights {kept[:12]}...; "
-                f"this one has {network.weights_sha256[:12]}...",
-                "give this network another name with --name, or write to another folder with --cache",
+                f"{cache} keeps a network {network.name} with weights {weights[:12]}...; this one has "
+                f"{network.weights_sha256[:12]}..." + (", another shape" if weights == network.weights_sha256 else ""),
+                "name its folder otherwise, or write to another folder with --cache",
             )
 
 
@@ -370,6 +382,14 @@ def _fields(
         source = networks.tokenizer
         if source.tokenizer is None:
             raise UnsupportedNetwork(f"{source.name} comes without a tokenizer", "give a folder that has one")
+        assert isinstance(source.backbone, Backbone)
+        assert isinstance(source.backbone.embedding, TextEmbedding)
+        longest = source.backbone.embedding.max_tokens
+        if config.max_tokens > longest:
+            raise UsageError(
+                f"--max-tokens {config.max_tokens}, and {source.name} has {longest} positions",
+                f"give at most {longest // TEXT_TILE * TEXT_TILE}",
+            )
         tokenizer_digest = hashlib.sha256(source.tokenizer).hexdigest()
         ids = FieldSpec(f"text/{source.name}/ids", "ids", "int32", (config.max_tokens,))
         fields[ids.name] = PlannedField(
@@ -407,9 +427,9 @@ def _narrowed(whole: FrozenPass | None, fields: dict[str, PlannedField], missing
     if whole is None:
         return None
     kept = [f.wanted for name, f in fields.items() if name in missing and f.wanted in whole.wanted]
-    return (
-        FrozenPass(list(whole.networks.values()), [w for w in kept if w], whole.compute, whole.device) if kept else None
-    )
+    if not kept or len(kept) == len(whole.wanted):
+        return whole if kept else None
+    return FrozenPass(list(whole.networks.values()), [w for w in kept if w], whole.compute, whole.device)
 
 
 def _image_wanted(config: ExtractConfig, networks: _Networks) -> dict[Wanted, tuple[str, Kind]]:
@@ -427,7 +447,13 @@ def _image_wanted(config: ExtractConfig, networks: _Networks) -> dict[Wanted, tu
 def _text_wanted(config: ExtractConfig, networks: _Networks) -> dict[Wanted, tuple[str, Kind]]:
     wanted: dict[Wanted, tuple[str, Kind]] = {}
     for teacher in networks.text_teachers:
-        for target in [t for t in config.targets or _default_targets(teacher) if t in TEXT_TARGETS]:
+        targets = [t for t in config.targets or _default_targets(teacher) if t in TEXT_TARGETS]
+        if not targets:
+            raise UsageError(
+                f"--targets {','.join(config.targets)} of {teacher.name}, a text network",
+                f"choose from {', '.join(TEXT_TARGETS)}",
+            )
+        for target in targets:
             kind: Kind = "text_pooled" if target == "cls" else "ragged"
             wanted[Wanted(teacher.name, target)] = (f"teacher/{teacher.name}/text/{target}", kind)  # type: ignore[arg-type]
     return wanted
@@ -499,7 +525,19 @@ def _check_record(writer: CacheWriter, field: PlannedField) -> None:
 def _scan(paths: Sequence[str], memory: ScanMemory) -> tuple[list[str], list[SourceTar]]:
     """(paths of tars that are unchanged since a committed scan, scans of the others)."""
     known = [path for path in paths if memory.unchanged(path)]
-    return known, scan_tars([path for path in paths if path not in set(known)])
+    unknown = set(paths) - set(known)
+    return known, memory.scan([path for path in paths if path in unknown])
+
+
+def _with_views_of_the_split(config: ExtractConfig, segments: Sequence[Segment]) -> ExtractConfig:
+    """The split's own view policy where the user named none: a second teacher takes the crops of the first."""
+    if config.crop is not None or config.flip or config.jitter or config.seed:
+        return config
+    for segment in segments:
+        if segment.split == config.split and segment.image.rows:
+            views = segment.views
+            return replace(config, crop=views.crop, flip=views.flip, jitter=views.jitter, seed=views.seed)
+    return config
 
 
 def _contents(config: ExtractConfig, known: Sequence[str], tars: Sequence[SourceTar]) -> tuple[bool, bool]:
@@ -519,16 +557,25 @@ def _contents(config: ExtractConfig, known: Sequence[str], tars: Sequence[Source
     return pictures, captions
 
 
-def _require_tars(segments: Sequence[Segment], where: dict[str, str]) -> None:
-    """Fills `where` with the remembered places of tars that were not named, and checks that all are there."""
+def _require_tars(segments: Sequence[Segment], where: dict[str, str], memory: ScanMemory) -> None:
+    """Fills `where` with the remembered places of tars that were not named; raises SourceChanged if they changed."""
+    unnamed = []
     for segment in segments:
         for source in segment.sources:
-            path = where.setdefault(source.tar, source.path)
-            if not os.path.exists(path) or os.path.getsize(path) != source.bytes:
+            if source.tar in where:
+                continue
+            where[source.tar] = source.path
+            if not os.path.exists(source.path) or os.path.getsize(source.path) != source.bytes:
                 raise SourceChanged(
-                    f"{source.tar}, part of segment {segment.number}, is not at {path} with {source.bytes} bytes",
+                    f"{source.tar}, part of segment {segment.number}, is not at {source.path} "
+                    f"with {source.bytes} bytes",
                     "name it in --data, or restore it",
                 )
+            if not memory.unchanged(source.path):
+                unnamed.append(source.path)
+    scanned = memory.scan(unnamed)
+    new_sources(segments, segments[0].split if segments else "", scanned)
+    memory.remember(scanned)
 
 
 def _tasks(
@@ -550,11 +597,18 @@ def _tasks(
 
 
 def _require_room(plan: Plan) -> None:
+    """Raises StorageFailure if what is sure to be written does not fit; ragged text counts one tile a caption."""
+    needed = 0
+    for task in plan.tasks:
+        for name in task.fields:
+            spec = plan.fields[name].spec
+            share = TEXT_TILE / spec.row_shape[0] if spec.kind == "ragged" else 1.0
+            needed += int(task.rows * spec.bytes_per_row * share)
     free = shutil.disk_usage(plan.config.cache).free
-    if plan.num_bytes > free:
+    if needed > free:
         raise StorageFailure(
-            f"the missing blocks need {plan.num_bytes:,} bytes in {plan.config.cache}, {free:,} are free",
-            f"free {plan.num_bytes - free:,} bytes more, use --storage int8, or fewer --targets; nothing was extracted",
+            f"the missing blocks need {needed:,} bytes in {plan.config.cache}, {free:,} are free",
+            f"free {needed - free:,} bytes more, use --storage int8, or fewer --targets; nothing was extracted",
         )
 
 

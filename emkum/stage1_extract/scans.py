@@ -11,7 +11,7 @@ from pathlib import Path
 from emkum.shards.durable import write_file
 from emkum.shards.layout import RECORDS, pretty_json
 from emkum.shards.segments import read_segments
-from emkum.shards.tars import SourceTar
+from emkum.shards.tars import SourceTar, scan_tars
 
 
 class ScanMemory:
@@ -24,6 +24,7 @@ class ScanMemory:
     def __init__(self, cache: Path | str) -> None:
         self._path = Path(cache) / RECORDS / "hints" / "scans.json"
         self._entries: dict[str, list[int | str]] = {}
+        self._before: dict[str, list[int | str]] = {}
         with contextlib.suppress(OSError, ValueError):
             entries = json.loads(self._path.read_bytes())
             if isinstance(entries, dict):
@@ -39,12 +40,19 @@ class ScanMemory:
             return False
         return entry[:3] == _stat(path) and (os.path.basename(path), entry[3]) in self._known
 
+    def scan(self, paths: Sequence[str]) -> list[SourceTar]:
+        """Scans tars, noting their times from before they were read."""
+        for path in paths:
+            self._before[os.path.abspath(path)] = _stat(path)
+        return scan_tars(paths)
+
     def remember(self, tars: Sequence[SourceTar]) -> None:
-        if not tars:
-            return
+        """Keeps what `scan` found, once its segment is committed."""
         for tar in tars:
-            self._entries[os.path.abspath(tar.path)] = [*_stat(tar.path), tar.sha256]
-        write_file(self._path, pretty_json(self._entries))
+            path = os.path.abspath(tar.path)
+            self._entries[path] = [*self._before[path], tar.sha256]
+        if tars:
+            write_file(self._path, pretty_json(self._entries))
 
 
 def _stat(path: str) -> list[int | str]:

@@ -26,6 +26,7 @@ from emkum.errors import Interrupted, StorageFailure, UsageError
 from emkum.stage2_train.loader import BatchLoader
 from emkum.stage2_train.losses import Journal, part_names
 from emkum.stage2_train.optimiser import peak_rate, rate
+from emkum.stage2_train.plan import Plan, Say
 from emkum.stage2_train.resume import ResumePoint, restore_rng, rng_state
 from emkum.stage2_train.run_folder import (
     MetricsFile,
@@ -36,7 +37,6 @@ from emkum.stage2_train.run_folder import (
     write_info,
     write_student,
 )
-from emkum.stage2_train.setup import Say, Setup
 from emkum.stage2_train.validation import Validator
 
 
@@ -61,7 +61,7 @@ class RunKeeper(Callback):
 
     def __init__(
         self,
-        run: Setup,
+        plan: Plan,
         folder: RunFolder,
         info: dict[str, Any],
         loader: BatchLoader,
@@ -70,14 +70,14 @@ class RunKeeper(Callback):
         point: ResumePoint | None,
         say: Say,
     ) -> None:
-        self.config, self.recipe, self.order, self.student = run.config, run.recipe, run.order, run.student
+        self.config, self.recipe, self.order, self.student = plan.config, plan.recipe, plan.order, plan.student
         self.journal = journal
         self.folder, self.info, self.loader, self.validator, self.say = folder, info, loader, validator, say
         self.point, self.start_step = point, point.step if point else 0
         self.best_score: float | None = None
         self.best_step = 0
         self.before = Spent()  # in earlier sessions of this run
-        self.validation_seconds = 0.0
+        self.paused_seconds = 0.0
         self.stop_signal = ""
         self._rng: dict[str, Any] | None = None
         self._handlers: dict[int, Any] = {}
@@ -215,23 +215,29 @@ class RunKeeper(Callback):
         if best:
             self.best_step = step
             write_student(self.folder, self.student)
-        spent = time.perf_counter() - started
-        self.validation_seconds += spent
-        self.logged += spent  # the speed in the log is of training alone
+        self._paused(started)
         self._save(trainer)
         if best:
             copy_durably(self.folder.last, self.folder.best)
 
     def _save(self, trainer: Trainer) -> None:
+        started = time.perf_counter()
         trainer.save_checkpoint(self.folder.last)
         self.saved = time.perf_counter()
+        self._paused(started)
+
+    def _paused(self, since: float) -> None:
+        """Takes the time since then out of the speed, which is of training alone."""
+        seconds = time.perf_counter() - since
+        self.paused_seconds += seconds
+        self.logged += seconds
 
     def _spent(self, step: int) -> Spent:
         """Times of the whole run, earlier sessions included."""
         seconds = time.perf_counter() - self.started
         return Spent(
             self.before.seconds + seconds,
-            self.before.training_seconds + seconds - self.validation_seconds,
+            self.before.training_seconds + seconds - self.paused_seconds,
             self.before.waited_seconds + self.loader.waited_seconds,
         )
 
@@ -272,7 +278,7 @@ class RunKeeper(Callback):
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of a run: all of them, those outside of validation, and those in which a step waited for its batch."""
+    """Seconds of a run: all; those outside of validation and checkpoints; those of steps waiting for their batch."""
 
     seconds: float = 0.0
     training_seconds: float = 0.0

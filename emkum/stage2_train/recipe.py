@@ -427,7 +427,9 @@ def required_fields(recipe: Recipe, cache: Cache) -> FieldNames:
     if recipe.kind == "pairs":
         check_captions(recipe, cache)
     if recipe.kind in ("pairs", "texts"):
-        ids = _choose(cache, "data.ids", wanted.ids, IDS, recipe, "--text-encoder <name>", "token ids of the texts")
+        ids = _choose(
+            cache, "data.ids", wanted.ids, IDS, recipe, "--text-encoder <text network>", "token ids of the texts"
+        )
     pattern, targets = target_pattern(recipe), None
     if pattern is not None:
         kind = "cls" if recipe.kind == "pairs" else "layers"
@@ -441,9 +443,13 @@ def _inputs(recipe: Recipe, cache: Cache) -> tuple[str, str, int]:
     tokens_exist = any(TOKENS.fullmatch(name) for name in cache.fields)
     crops_wanted = CROPS.fullmatch(wanted.inputs) is not None
     if crops_wanted or (wanted.inputs == "auto" and not tokens_exist):
-        name = _choose(cache, "data.inputs", wanted.inputs, CROPS, recipe, "--teacher <name>", "image inputs")
+        name = _choose(
+            cache, "data.inputs", wanted.inputs, CROPS, recipe, "--teacher <image network> --cut 0", "image inputs"
+        )
         return name, _crops_encoder(recipe, cache), wanted.cut
-    name = _choose(cache, "data.inputs", wanted.inputs, TOKENS, recipe, "--encoder <name> --cut 0", "image inputs")
+    name = _choose(
+        cache, "data.inputs", wanted.inputs, TOKENS, recipe, "--teacher <image network> --cut 0", "image inputs"
+    )
     found = TOKENS.fullmatch(name)
     if found is None:
         raise UsageError(
@@ -476,7 +482,7 @@ def _choose(
     cache: Cache, key: str, wanted: str, pattern: re.Pattern[str], recipe: Recipe, flags: str, what: str
 ) -> str:
     """The field for `key`: the one asked for, or the only one that fits."""
-    command = f"emkum extract --cache {cache.path} --split {recipe.data.split} --data <tars> {flags}"
+    command = extract_command(cache, recipe.data.split, flags)
     if wanted != "auto":
         if wanted not in cache.fields:
             raise MissingField(
@@ -496,6 +502,29 @@ def _choose(
         f"recipe {recipe.name}: {len(fitting)} fields fit {key}: {', '.join(fitting)}",
         f"choose one: --set {key}={fitting[0]}",
     )
+
+
+def extract_command(cache: Cache, split: str, flags: str) -> str:
+    """The command that adds what `flags` ask for to the cache, with the encoders, cut and size that it has."""
+    if "--teacher" not in flags:
+        flags = f"--teacher <network> {flags}"
+    words = [f"emkum extract --cache {cache.path} --split {split} --data <tars> {flags}"]
+    for name, cached in cache.fields.items():
+        record = getattr(cached, "record", None) or {"fingerprint": {}, "environment": {}}
+        size, max_tokens = record["fingerprint"].get("size"), record["fingerprint"].get("max_tokens")
+        if (found := TOKENS.fullmatch(name)) and "--cut" not in flags:
+            words.append(f"--encoder {_loadable(record, found['network'])} --cut {found['cut']}")
+            words += [f"--size {size}"] if size else []
+        if (found := IDS.fullmatch(name)) and "--text-encoder" not in flags:
+            words.append(f"--text-encoder {_loadable(record, found['network'])}")
+            words += [f"--max-tokens {max_tokens}"] if max_tokens else []
+    return " ".join(words)
+
+
+def _loadable(record: Mapping[str, Any], name: str) -> str:
+    """What `--encoder` takes to find the network of a field again: where it came from, or its name in the catalogue."""
+    source = str(record["environment"].get("source", ""))
+    return name if not source or source.startswith(("pypi:", "http:", "https:")) else source
 
 
 def _listed(names: Any) -> str:

@@ -19,7 +19,7 @@ from emkum.stage2_train.recipe import FieldNames, Recipe
 from emkum.stage2_train.run_folder import RunFolder, read_checkpoint
 
 if TYPE_CHECKING:
-    from emkum.stage2_train.train import Say, TrainConfig
+    from emkum.stage2_train.plan import Say, TrainConfig
 
 
 def run_identity(

@@ -14,19 +14,23 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from emkum.errors import StorageFailure
 from emkum.shards.durable import write_file
 from emkum.stage2_train.keeper import DurableCheckpoints, RunKeeper, RunResult, result_of
 from emkum.stage2_train.loader import Batch, BatchLoader, HostBatch
 from emkum.stage2_train.losses import Journal, autocast, step_losses
 from emkum.stage2_train.optimiser import parameter_groups, rate
+from emkum.stage2_train.plan import Plan, Say, TrainConfig, make_plan, run_info, run_summary
 from emkum.stage2_train.resume import check_same_run, resume_point
 from emkum.stage2_train.run_folder import RunFolder, new_run_dir, read_info, write_info
-from emkum.stage2_train.setup import Say, Setup, TrainConfig, run_info, run_summary, set_up
 from emkum.stage2_train.validation import make_validator
 
 __all__ = ["RunResult", "TrainConfig", "train"]
 
-LIGHTNING_ABOUT_ITSELF = (r"`isinstance\(treespec, LeafSpec\)` is deprecated",)  # warnings it causes, as patterns
+LIGHTNING_ABOUT_ITSELF = (  # warnings it gives about its own code and our choice of device, as patterns
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"[GT]PU available but not used",
+)
 
 
 def train(config: TrainConfig, say: Say = print) -> RunResult:
@@ -36,45 +40,45 @@ def train(config: TrainConfig, say: Say = print) -> RunResult:
     ResumeMismatch, StorageFailure; Interrupted after SIGINT or SIGTERM, when a checkpoint has been written.
     """
     before = read_info(RunFolder(config.run_dir)) if config.resume and config.run_dir else None
-    run = set_up(config, before)
+    plan = make_plan(config, before)
     if before is not None:
-        check_same_run(before, run.identity, config)
-    dir_path = config.run_dir if before is not None else new_run_dir(config.run_dir, run.recipe.name)
+        check_same_run(before, plan.identity, config)
+    dir_path = config.run_dir if before is not None else new_run_dir(config.run_dir, plan.recipe.name)
     folder = RunFolder(dir_path or Path())
     point = resume_point(folder, before, say)
     validator = make_validator(
-        run.student,
-        run.recipe,
-        run.cache,
-        run.names,
-        run.prefix,
-        run.compute,
-        run.device,
+        plan.student,
+        plan.recipe,
+        plan.cache,
+        plan.names,
+        plan.prefix,
+        plan.compute,
+        plan.device,
         allow_partial=config.allow_partial,
         threads=config.threads,
     )
-    info = run_info(run, folder)
-    for line in run_summary(run, info, validator):
+    info = run_info(plan, folder)
+    for line in run_summary(plan, info, validator):
         say(line)
-    if point is not None and point.step == len(run.order):
+    if point is not None and point.step == len(plan.order):
         say(f"{folder.dir} is trained to its last step, {point.step}, already")
         info = {**info, **point.measured, "status": "finished"}
         write_info(folder, info)
         return result_of(folder, info)
 
-    write_file(folder.recipe, f"# As run; run.json says how.\n\n{run.recipe.to_toml()}".encode())
+    write_file(folder.recipe, f"# As run; run.json says how.\n\n{plan.recipe.to_toml()}".encode())
     loader = BatchLoader(
-        run.order, run.source, threads=config.threads, prefetch=config.prefetch, pin=run.device.type == "cuda"
+        plan.order, plan.source, threads=config.threads, prefetch=config.prefetch, pin=plan.device.type == "cuda"
     )
-    module = Distillation(run)
-    keeper = RunKeeper(run, folder, info, loader, module.journal, validator, point, say)
+    module = Distillation(plan)
+    keeper = RunKeeper(plan, folder, info, loader, module.journal, validator, point, say)
     with quiet_lightning(), keeper:
         # One pass over a loader that knows the epochs itself: so every resume is the same, in the middle of a pass.
         trainer = Trainer(
-            accelerator="gpu" if run.device.type == "cuda" else "cpu",
-            devices=[run.device.index or 0] if run.device.type == "cuda" else 1,
+            accelerator="gpu" if plan.device.type == "cuda" else "cpu",
+            devices=[plan.device.index or 0] if plan.device.type == "cuda" else 1,
             max_epochs=1,
-            gradient_clip_val=run.recipe.optimiser.clip_norm or None,
+            gradient_clip_val=plan.recipe.optimiser.clip_norm or None,
             callbacks=[keeper],
             plugins=[DurableCheckpoints(), LightningEnvironment()],
             logger=False,
@@ -84,18 +88,21 @@ def train(config: TrainConfig, say: Say = print) -> RunResult:
             use_distributed_sampler=False,
             default_root_dir=folder.dir,
         )
-        trainer.fit(module, loader, ckpt_path=point.path if point else None)
+        try:
+            trainer.fit(module, loader, ckpt_path=point.path if point else None)
+        except StorageFailure as error:
+            raise StorageFailure(error.what, f"make room, then continue: {info['continue']}") from error
     return keeper.finish()
 
 
 class Distillation(LightningModule):
     """Lightning's view of a run: step, optimiser, schedule."""
 
-    def __init__(self, run: Setup) -> None:
+    def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self.student, self.terms = run.student, run.terms
-        self.recipe, self.source, self.compute = run.recipe, run.source, run.compute
-        self.num_steps = len(run.order)
+        self.student, self.terms = plan.student, plan.terms
+        self.recipe, self.source, self.compute = plan.recipe, plan.source, plan.compute
+        self.num_steps = len(plan.order)
         self.journal = Journal()
 
     def transfer_batch_to_device(self, batch: HostBatch, device: torch.device, dataloader_idx: int) -> Batch:

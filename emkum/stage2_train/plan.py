@@ -81,7 +81,7 @@ def _require(good: bool, what: str, way_out: str) -> None:
 
 
 @dataclass(frozen=True)
-class Setup:
+class Plan:
     """Everything a run needs, ready. `why`: the reason for the recipe where the user named none."""
 
     config: TrainConfig
@@ -101,7 +101,7 @@ class Setup:
     identity: dict[str, Any]
 
 
-def set_up(config: TrainConfig, before: Mapping[str, Any] | None) -> Setup:
+def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
     """Reads recipe and cache and builds the student. `before`: run.json of the run to continue; its choices stand."""
     cache = Cache.open(config.cache)
     recipe, why = _recipe(config, cache, before)
@@ -133,7 +133,7 @@ def set_up(config: TrainConfig, before: Mapping[str, Any] | None) -> Setup:
         source = CachedSource(cache, names, table, prefix)
     terms = Terms(recipe, make_bank(recipe, table, source, target_width))
     identity = run_identity(recipe, cache, names, table, len(order), seed, compute, config.live)
-    return Setup(
+    return Plan(
         config,
         cache,
         recipe,
@@ -208,31 +208,32 @@ def frozen_prefix(network: Network, cut: int, compute: str, device: torch.device
     return lambda crops: frozen.pictures(crops)[0].clone()
 
 
-def run_info(run: Setup, folder: RunFolder) -> dict[str, Any]:
+def run_info(plan: Plan, folder: RunFolder) -> dict[str, Any]:
     """What run.json says from the start; measurements are added at the end."""
-    cuda = run.device.type == "cuda"
+    cuda = plan.device.type == "cuda"
     return {
-        "command": start_command(run.config, run.recipe, run.seed, folder.dir),
-        "continue": continue_command(run.config, folder.dir),
-        "recipe": run.recipe.to_json(),
+        "command": start_command(plan.config, plan.recipe, plan.seed, folder.dir),
+        "continue": continue_command(plan.config, folder.dir),
+        "recipe": plan.recipe.to_json(),
         "cache": {
-            "path": str(run.config.cache.resolve()),
-            "uuid": run.cache.uuid,
-            "fields": run.identity["fields"],
-            "supervision": _supervision(run.cache, run.names),
+            "path": str(plan.config.cache.resolve()),
+            "uuid": plan.cache.uuid,
+            "fields": plan.identity["fields"],
+            "supervision": _supervision(plan.cache, plan.names),
         },
-        "identity": run.identity,
-        "seed": run.seed,
-        "precision": run.compute,
-        "device": str(run.device),
-        "device_name": torch.cuda.get_device_name(run.device) if cuda else platform.processor() or platform.machine(),
-        "live": run.config.live,
-        "samples": run.table.num_samples,
-        "steps_per_epoch": run.order.steps_per_epoch,
-        "total_steps": len(run.order),
-        "bank": bank_in_words(run.terms.bank),
+        "identity": plan.identity,
+        "seed": plan.seed,
+        "precision": plan.compute,
+        "device": str(plan.device),
+        "device_name": torch.cuda.get_device_name(plan.device) if cuda else platform.processor() or platform.machine(),
+        "live": plan.config.live,
+        "samples": plan.table.num_samples,
+        "steps_per_epoch": plan.order.steps_per_epoch,
+        "total_steps": len(plan.order),
+        "bank": bank_in_words(plan.terms.bank),
         "parameters": {
-            count.part: {"trainable": count.trainable, "frozen": count.frozen} for count in parameter_table(run.student)
+            count.part: {"trainable": count.trainable, "frozen": count.frozen}
+            for count in parameter_table(plan.student)
         },
         "git_revision": git_revision(),
         "versions": {
@@ -256,17 +257,17 @@ def _supervision(cache: Cache, names: FieldNames) -> dict[str, Any]:
     return found
 
 
-def run_summary(run: Setup, info: Mapping[str, Any], validator: Validator | None) -> list[str]:
+def run_summary(plan: Plan, info: Mapping[str, Any], validator: Validator | None) -> list[str]:
     """The lines printed before the first step."""
-    recipe, table, order = run.recipe, run.table, run.order
+    recipe, table, order = plan.recipe, plan.table, plan.order
     what = {"pairs": "pictures with captions", "images": "pictures", "texts": "texts"}[recipe.kind]
     units = f"{order.units:,} captions of " if order.units != table.num_samples else ""
     views = f", {table.num_views} views" if table.num_views > 1 else ""
     dropped = f"; {table.dropped:,} more left out, as a field or a partner is lacking" if table.dropped else ""
     left = order.units - order.steps_per_epoch * order.batch
     lines = [
-        f"recipe {recipe.name}: {' + '.join(recipe.terms).replace('_', '-')}" + (f" ({run.why})" if run.why else ""),
-        f"reads {', '.join(run.names.needed())}",
+        f"recipe {recipe.name}: {' + '.join(recipe.terms).replace('_', '-')}" + (f" ({plan.why})" if plan.why else ""),
+        f"reads {', '.join(plan.names.needed())}",
         f"{table.split}: {units}{table.num_samples:,} {what}{views}{dropped}",
         f"{order.steps_per_epoch} batches of {order.batch} an epoch ({left} samples of each shuffle are left over), "
         f"{len(order)} steps in all",
