@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from emkum.errors import UnsupportedNetwork
+from emkum.errors import UnsupportedNetwork, UsageError
 from emkum.models import targets
 from emkum.models.network import Network, normalise, shares_prefix
 from emkum.models.resnet import ResNet
@@ -27,6 +27,18 @@ class Wanted:
     network: str
     what: What
     cut: int = 0
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device a user named; "auto" is cuda if there is one, else the CPU. Raises UsageError for one not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used here: {error}".splitlines()[0], "use --device cpu") from None
+    return device
 
 
 def good_compute(device: torch.device) -> str:

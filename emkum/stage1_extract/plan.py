@@ -30,7 +30,7 @@ from emkum.errors import (
 from emkum.models.backbone import Backbone, TextEmbedding
 from emkum.models.catalogue import load_network
 from emkum.models.network import Network, save_network
-from emkum.models.passes import FrozenPass, Wanted, good_compute
+from emkum.models.passes import FrozenPass, Wanted, chosen_device, good_compute
 from emkum.shards.claim import WriterClaim
 from emkum.shards.fingerprint import Fingerprint, require_same
 from emkum.shards.layout import STORAGES, TEXT_TILE, FieldSpec, Kind, canonical_json, check_cache_name, model_dir
@@ -170,7 +170,7 @@ def make_plan(config: ExtractConfig, held: ExitStack) -> Plan:
     cache, to be released when the run ends. Raises before anything is written where the cache was made otherwise.
     """
     paths = find_tars(config.data)
-    device = _device(config.device)
+    device = chosen_device(config.device)
     exists = (Path(config.cache) / "zarr.json").exists()
     if exists:
         read_root(Path(config.cache))
@@ -623,17 +623,6 @@ def _unique(networks: Sequence[Network | None]) -> list[Network]:
                 f"two networks are called {network.name} and have different weights", "name one of them with --name"
             )
     return list(found.values())
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used here: {error}".splitlines()[0], "use --device cpu") from None
-    return device
 
 
 def _require(good: bool, what: str, way_out: str) -> None:

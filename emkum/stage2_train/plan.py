@@ -15,7 +15,7 @@ import torch
 import emkum
 from emkum.errors import UsageError
 from emkum.models.network import Network, load_saved
-from emkum.models.passes import FrozenPass, Wanted, good_compute
+from emkum.models.passes import FrozenPass, Wanted, chosen_device, good_compute
 from emkum.shards.reader import Cache
 from emkum.stage2_train.live import LiveSource
 from emkum.stage2_train.loader import BatchSource, CachedSource, Prefix, SampleTable, TrainOrder, sample_table
@@ -108,7 +108,9 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
     if before is not None:  # before anything that another recipe would trip over
         check_same_run(before, {**before["identity"], "recipe": recipe.to_json()}, config)
     names = required_fields(recipe, cache)
-    device = _device(config.device)
+    device = chosen_device(config.device)
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {config.device}: training runs on cpu and cuda", "use --device cpu")
     compute = _compute(config, before, device)
     seed = config.seed if config.seed is not None else int(before["seed"]) if before else 0
 
@@ -160,19 +162,6 @@ def _recipe(config: TrainConfig, cache: Cache, before: Mapping[str, Any] | None)
         return recipe_from_table(before["recipe"], config.overrides), "the run's own"
     name, why = choose_recipe(cache)
     return load_recipe(name, config.overrides), why
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used here: {error}".splitlines()[0], "use --device cpu") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: training runs on cpu and cuda", "use --device cpu")
-    return device
 
 
 def _compute(config: TrainConfig, before: Mapping[str, Any] | None, device: torch.device) -> str:

@@ -35,7 +35,7 @@ from emkum.errors import (
 from emkum.models import targets
 from emkum.models.backbone import Backbone
 from emkum.models.network import Network, load_saved
-from emkum.models.passes import FrozenPass, Wanted
+from emkum.models.passes import FrozenPass, Wanted, chosen_device
 from emkum.models.tokenizer import text_ids
 from emkum.shards.durable import write_file
 from emkum.shards.reader import Cache, Field
@@ -300,7 +300,7 @@ class Contestants:
     device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
-        self.device = _device(self.settings.device)
+        self.device = chosen_device(self.settings.device)
         self.students = {STUDENT: self.run.student.to(self.device).eval()}
         self._image_network = self._kept(self.run.student.image_encoder)
         self._text_network = self._kept(self.run.student.text_encoder)
@@ -438,17 +438,6 @@ class Contestants:
             tokens_BLD = torch.cat([cls_BD[:, None], words_BLD[:, 1:]], dim=1)
             return features | {TEACHER: masked_mean(tokens_BLD, mask_BL)}
         return features | {TEACHER: cls_BD}
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used here: {error}".splitlines()[0], "use --device cpu") from None
-    return device
 
 
 def student_before(run: LoadedRun, image_network: Network | None, text_network: Network | None) -> Student:
