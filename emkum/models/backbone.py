@@ -82,7 +82,7 @@ class BlockStack(nn.Module):
         queries: int | None = None,
     ) -> list[Tensor]:
         """The tokens [B, T, D] after each of the blocks start..stop (exclusive). Arguments as in `run`."""
-        return self.run(tokens_BTD, start, stop, mask_BT, grid=grid, queries=queries).hidden
+        return self.run(tokens_BTD, start, stop, mask_BT, grid=grid, queries=queries, keep_ffn=False).hidden
 
     def run(
         self,
@@ -93,12 +93,13 @@ class BlockStack(nn.Module):
         *,
         grid: Grid | None = None,
         queries: int | None = None,
+        keep_ffn: bool = True,
     ) -> BlocksOut:
         """Blocks start..stop (exclusive; None: to the end).
 
         mask_BT: bool, True = a real token. grid: rows and columns of patches, for blocks with a relative bias; a square
-        is assumed. queries: of the last block, hand out the first so many tokens only. Everything returned stays in
-        memory as long as the result is held.
+        is assumed. queries: of the last block, hand out the first so many tokens only. keep_ffn: return the
+        feed-forward outputs too. Everything returned stays in memory as long as the result is held.
         """
         stop = self.depth if stop is None else stop
         if not 0 <= start <= stop <= self.depth:
@@ -118,7 +119,8 @@ class BlockStack(nn.Module):
             else:
                 tokens_BTD, ffn_BTD = block(tokens_BTD, bias, mask_BT, kept)
             out.hidden.append(tokens_BTD)
-            out.ffn.append(ffn_BTD)
+            if keep_ffn:
+                out.ffn.append(ffn_BTD)
         return out
 
     def take(self, first: int, count: int, step: int = 1) -> BlockStack:

@@ -44,7 +44,6 @@ class BlockSpec:
     qkv_bias: QkvBias = "all"
     activation: Activation = "gelu"
     eps: float = 1e-6
-    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -114,13 +113,13 @@ class Block(nn.Module):
         """
         if self.spec.norm_order == "pre":
             attended = self.attend(self.norm1(tokens_BTD), bias, mask_BT, queries)
-            tokens_BTD = add_scaled(tokens_BTD[:, :queries], self._drop(attended), self.scale1)
+            tokens_BTD = add_scaled(tokens_BTD[:, :queries], attended, self.scale1)
             ffn_BTD = self.feed_forward(self.norm2(tokens_BTD))
-            return add_scaled(tokens_BTD, self._drop(ffn_BTD), self.scale2), ffn_BTD
+            return add_scaled(tokens_BTD, ffn_BTD, self.scale2), ffn_BTD
         attended = self.attend(tokens_BTD, bias, mask_BT, queries)
-        tokens_BTD = self.norm1(add_scaled(tokens_BTD[:, :queries], self._drop(attended), self.scale1))
+        tokens_BTD = self.norm1(add_scaled(tokens_BTD[:, :queries], attended, self.scale1))
         ffn_BTD = self.feed_forward(tokens_BTD)
-        return self.norm2(add_scaled(tokens_BTD, self._drop(ffn_BTD), self.scale2)), ffn_BTD
+        return self.norm2(add_scaled(tokens_BTD, ffn_BTD, self.scale2)), ffn_BTD
 
     def attend(
         self, tokens_BTD: Tensor, bias: Tensor | None, mask_BT: Tensor | None, queries: int | None = None
@@ -153,9 +152,6 @@ class Block(nn.Module):
         ffn_BTD: Tensor = self.fc2(activated(self.fc1(tokens_BTD), self.spec.activation))
         return ffn_BTD
 
-    def _drop(self, tokens_BTD: Tensor) -> Tensor:
-        return F.dropout(tokens_BTD, self.spec.dropout, self.training) if self.spec.dropout else tokens_BTD
-
 
 def activated(x: Tensor, activation: Activation) -> Tensor:
     """The activation of x, written over it where no gradient needs it: it is the largest tensor of a block."""
@@ -187,7 +183,7 @@ def attention(q_BHTC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, mask: Tensor | Non
         logits_BHTS = logits_BHTS.masked_fill(~mask, torch.finfo(logits_BHTS.dtype).min)
     elif mask is not None:
         logits_BHTS = logits_BHTS + mask
-    attended_BHTC: Tensor = logits_BHTS.softmax(dim=-1).to(v_BHSC.dtype) @ v_BHSC
+    attended_BHTC: Tensor = logits_BHTS.softmax(dim=-1, dtype=torch.float32).to(v_BHSC.dtype) @ v_BHSC
     return attended_BHTC
 
 

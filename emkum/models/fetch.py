@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -176,9 +177,9 @@ def _fetch(url: str, path: Path) -> str:
 
 def _recorded_sha256(path: Path, record: Path, url: str) -> str:
     """The sha256 of a file fetched before, or put there by hand: then it is computed and recorded now."""
-    if record.is_file():
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no record, or one torn by a crash
         found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        if found.get("bytes") == path.stat().st_size:
+        if found["bytes"] == path.stat().st_size:
             return str(found["sha256"])
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
