@@ -273,7 +273,9 @@ def evaluate(
     ] = None,
     baselines: Annotated[
         bool,
-        typer.Option("--baselines", help="Measure the teacher and the student before training beside the student."),
+        typer.Option(
+            "--baselines", help="Measure the student before training, and its whole frozen network, beside it."
+        ),
     ] = False,
     max_bad: Annotated[
         float, typer.Option(help="Share of pictures that may be unusable before the command stops.")
@@ -288,32 +290,35 @@ def evaluate(
     split of the cache; for picture or text students their distance from the teacher. Results are added to
     evaluation.json in the run's folder.
     """
+    if split is not None and data:
+        raise UsageError(
+            f"--split {split} and --data {' '.join(data)}: evaluation.json holds one image-text retrieval",
+            "measure them in two commands, and keep the first one's numbers if you want both",
+        )
+    if size is not None and not images:
+        raise UsageError(f"--size {size} without --images", "it is the side of labelled pictures; leave it out")
+
     from emkum.shards.reader import Cache
+    from emkum.stage2_train.evaluate.encode import Settings
     from emkum.stage2_train.evaluate.pictures import labelled_sets
-    from emkum.stage2_train.evaluate.run import (
-        Settings,
-        evaluate_cache,
-        evaluate_pictures,
-        evaluate_tars,
-        evaluate_texts,
-        merge_results,
-        table,
-        write_results,
-    )
+    from emkum.stage2_train.evaluate.results import merge_results, refuse_equal_names, table, write_results
+    from emkum.stage2_train.evaluate.run import evaluate_cache, evaluate_pictures, evaluate_tars, evaluate_texts
     from emkum.stage2_train.evaluate.texts import read_text_pairs
     from emkum.stage2_train.run_folder import load_run
 
     loaded = load_run(run)
     opened = Cache.open(cache if cache is not None else loaded.cache_path)
     settings = Settings(device=device, batch_size=batch_size, max_bad=max_bad, baselines=baselines)
+    labelled, pairs = labelled_sets(images or ()), [read_text_pairs(path) for path in texts or ()]
+    refuse_equal_names("--images", ((found.name, found.source) for found in labelled))
+    refuse_equal_names("--texts", ((found.name, found.source) for found in pairs))
     results = []
     if split is not None or not (data or images or texts):
         results.append(evaluate_cache(loaded, opened, split or "val", settings))
     if data:
         results.append(evaluate_tars(loaded, data, opened, settings))
-    if images:
-        results += [evaluate_pictures(loaded, found, size, opened, settings) for found in labelled_sets(images)]
-    results += [evaluate_texts(loaded, read_text_pairs(path), opened, settings) for path in texts or ()]
+    results += [evaluate_pictures(loaded, found, size, opened, settings) for found in labelled]
+    results += [evaluate_texts(loaded, found, opened, settings) for found in pairs]
     merged = merge_results(*results)
     written = write_results(run, merged)
     if as_json:

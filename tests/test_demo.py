@@ -16,10 +16,12 @@ from tiny_cache import tiny_network
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import emkum.demo as demo_module
-from emkum.demo import DemoConfig, demo_networks, nearest_size, read_metrics, run_demo
+from emkum.demo import DemoConfig, Notes, demo_networks, nearest_size, read_metrics, run_demo
 from emkum.errors import IdentityMismatch, Interrupted, UnsupportedNetwork, UsageError, WeightsUnavailable
 from emkum.models.network import Network, save_network
 from emkum.shards.reader import Cache
+from emkum.stage1_extract.extract import ExtractResult
+from emkum.stage1_extract.plan import ExtractConfig
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,7 @@ def test_the_demo_goes_from_nothing_to_a_page(finished: Finished) -> None:
     assert len(re.findall('<path class="line ', page)) == 4
     found = json.loads(Path("out/runs/ssmke/evaluation.json").read_text())["retrieval"]
     assert f">{found['text_to_image']['R@1']:.1f}</td>" in page
+    assert page.count("best of 2 validations") == 2
     captions = set(Cache.open("out/shards").captions("val")["caption"].to_pylist())
     queries = re.findall(r'<q dir="auto">(.*?)</q>', page)
     assert len(set(queries)) == num_queries
@@ -168,6 +171,37 @@ def test_an_interrupted_training_is_continued(config: DemoConfig, monkeypatch: p
     monkeypatch.setattr(demo_module, "train", real)
     run_demo(config, lambda _: None)
     assert json.loads(Path("out/runs/ssmke/run.json").read_text())["status"] == "finished"
+
+
+def test_an_interrupted_extraction_costs_time_but_does_not_add_to_the_speed(
+    config: DemoConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = Notes(config)
+    wanted = ExtractConfig(teacher=("t",), data=("d",), split="train")
+    sessions = iter(
+        [
+            Interrupted("stopped", "the same command continues"),
+            ExtractResult(80, 2, 1000, 10.0, 4.0, 0),
+            ExtractResult(0, 0, 0, 3.0, 0.0, 0),
+        ]
+    )
+
+    def extract(config: ExtractConfig, say: object) -> ExtractResult:
+        found = next(sessions)
+        if isinstance(found, Interrupted):
+            raise found
+        return found
+
+    clock = iter([100.0, 107.0, 200.0, 300.0])
+    monkeypatch.setattr(demo_module, "extract", extract)
+    monkeypatch.setattr(demo_module.time, "perf_counter", lambda: next(clock))
+    with pytest.raises(Interrupted):
+        demo_module._extract(wanted, "command", notes, print)
+    assert notes.rows_per_second("extract train") is None
+    for _ in range(2):  # the second finds its work done
+        demo_module._extract(wanted, "command", notes, print)
+    assert notes.seconds("extract train") == 17.0
+    assert notes.rows_per_second("extract train") == 20.0
 
 
 def test_a_folder_of_another_demo_or_of_other_things_is_left_alone(

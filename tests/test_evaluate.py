@@ -15,6 +15,7 @@ from PIL import Image
 from tiny_cache import make_cache, tiny_network
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import emkum.cli as cli
 from emkum.errors import (
     BadPicture,
     FingerprintMismatch,
@@ -27,25 +28,32 @@ from emkum.errors import (
     UsageError,
 )
 from emkum.models.network import load_saved, normalise, save_network
+from emkum.models.passes import FrozenPass
 from emkum.shards.reader import Cache
 from emkum.stage1_extract.extract import extract
 from emkum.stage1_extract.plan import ExtractConfig
+from emkum.stage2_train import validation
 from emkum.stage2_train.evaluate import run as run_module
+from emkum.stage2_train.evaluate.contestants import Contestants
+from emkum.stage2_train.evaluate.encode import Settings
 from emkum.stage2_train.evaluate.pictures import label_retrieval, labelled_sets, read_labelled
-from emkum.stage2_train.evaluate.retrieval import image_text_retrieval
-from emkum.stage2_train.evaluate.run import (
+from emkum.stage2_train.evaluate.results import (
     BEFORE,
+    ENCODER,
     STUDENT,
     TEACHER,
-    Settings,
+    merge_results,
+    refuse_equal_names,
+    table,
+    write_results,
+)
+from emkum.stage2_train.evaluate.retrieval import image_text_retrieval
+from emkum.stage2_train.evaluate.run import (
     cache_features,
     evaluate_cache,
     evaluate_pictures,
     evaluate_tars,
     evaluate_texts,
-    merge_results,
-    table,
-    write_results,
 )
 from emkum.stage2_train.evaluate.texts import TextPairs, read_text_pairs, text_pair_retrieval
 from emkum.stage2_train.run_folder import LoadedRun, load_run
@@ -464,23 +472,121 @@ def test_evaluation_gives_the_score_that_validation_gave(world: World) -> None:
     assert found["mean"] == pytest.approx(world.pairs.info["score"]["value"])
 
 
-def test_a_cache_of_crops_is_evaluated_through_the_frozen_network(tmp_path: Path) -> None:
-    make_cache(tmp_path / "cache", fields=("crops", "ids", "cls"))
-    wanted = ("training.epochs=1", "training.batch=8", "data.cut=2")
-    config = TrainConfig(tmp_path / "cache", "ssmke", wanted, tmp_path / "run", precision="float32", device="cpu")
+def trained_and_seen(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> tuple[LoadedRun, list[tuple[np.ndarray, ...]]]:
+    """A run, and the features and owners of each of its validations."""
+    seen = []
+
+    def spy(images, texts, owners):  # type: ignore[no-untyped-def]
+        seen.append((images, texts, owners))
+        return image_text_retrieval(images, texts, owners)
+
+    monkeypatch.setattr(validation, "image_text_retrieval", spy)
     train(config, lambda _: None)
+    assert config.run_dir is not None
+    return load_run(config.run_dir), seen
+
+
+def assert_validation_is_evaluation(run: LoadedRun, seen: list[tuple[np.ndarray, ...]]) -> None:
+    """The one validation of the run had the very features that evaluation has."""
+    (images, texts, owners) = seen[0]
+    features = cache_features(run, Cache.open(run.cache_path), "val", Settings(batch_size=5))
+    np.testing.assert_array_equal(features.images[STUDENT], images)
+    np.testing.assert_array_equal(features.texts[STUDENT], texts)
+    np.testing.assert_array_equal(features.image_of_text, owners)
+    found = evaluate_cache(run, settings=Settings(batch_size=5))["retrieval"]
+    assert (len(seen), found["mean"]) == (1, run.info["score"]["value"])
+
+
+ONCE = ("training.epochs=1", "training.batch=8", "evaluation.batch=5")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_validation_and_evaluation_encode_repeated_captions_alike(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    for split, num in (("train", 16), ("val", 12)):
+        rng = np.random.default_rng(num)
+        members = []
+        for i in range(num):
+            lines = [["a red square", "on left of a big blue circle"][i % 2], "a " + " ".join(["big"] * (i % 5))]
+            members += [(f"{i}.jpg", jpeg(rng)), (f"{i}.json", json.dumps({"captions": lines}).encode())]
+        tar = write_tar(tmp_path / f"{split}.tar", members)
+        config = replace(extract_config(world.root, split), data=(str(tar),), cache=tmp_path / "cache")
+        extract(replace(config, targets=("cls",)), lambda _: None)
+    wanted = TrainConfig(tmp_path / "cache", "ssmke", ONCE, tmp_path / "run", precision=precision, device="cpu")
+    run, seen = trained_and_seen(wanted, monkeypatch)
+    assert_validation_is_evaluation(run, seen)
+    texts = seen[0][1]
+    assert len(np.unique(texts, axis=0)) == 7  # equal captions tie exactly, whatever batch they fell into
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_cache_of_crops_is_evaluated_through_the_frozen_network_as_in_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    make_cache(tmp_path / "cache", fields=("crops", "ids", "cls"))
+    wanted = (*ONCE, "data.cut=2")
+    config = TrainConfig(tmp_path / "cache", "ssmke", wanted, tmp_path / "run", precision=precision, device="cpu")
+    refuse_autocast_in_frozen_networks(monkeypatch)
+    run, seen = trained_and_seen(config, monkeypatch)
+    assert_validation_is_evaluation(run, seen)
+    assert (len(seen[0][0]), len(seen[0][1])) == (12, 24)
+
+
+def refuse_autocast_in_frozen_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have a precision of their own: in training, in validation and in evaluation."""
+    real = FrozenPass.pictures
+
+    def pictures(self: FrozenPass, *arguments: torch.Tensor) -> list[torch.Tensor]:
+        assert not torch.is_autocast_enabled("cpu")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(FrozenPass, "pictures", pictures)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_student_distilled_from_crops_has_one_loss_in_validation_and_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    make_cache(tmp_path / "cache", fields=("crops", "layers"))
+    wanted = (*ONCE, "data.cut=2", "data.encoder=tinyvit", "student.image_blocks=1")
+    refuse_autocast_in_frozen_networks(monkeypatch)
+    train(
+        TrainConfig(tmp_path / "cache", "image-kd", wanted, tmp_path / "run", precision=precision, device="cpu"),
+        lambda _: None,
+    )
     run = load_run(tmp_path / "run")
-    found = evaluate_cache(run)["retrieval"]
-    assert found["mean"] == pytest.approx(run.info["score"]["value"])
-    assert (found["pictures"], found["captions"]) == (12, 24)
+    found = evaluate_cache(run, settings=Settings(batch_size=5))["distillation"]
+    assert found["layers_mse"] == run.info["score"]["value"]
+
+
+def test_a_score_that_is_no_number_is_never_the_best() -> None:
+    for higher in (True, False):
+        validator = validation.Validator("score", higher, (), "", lambda: validation.Score(0.0, {}))
+        assert not validator.better(float("nan"), None)
+        assert not validator.better(float("nan"), 1.0)
+        assert validator.better(1.0, None)
+        assert validator.better(2.0, 1.0) == higher
+        assert not validator.better(1.0, 1.0)
+
+
+@pytest.mark.parametrize(("what", "other"), [("max_tokens", 12), ("tokenizer", "0" * 64)])
+def test_targets_of_other_tokens_than_the_ids_are_refused(world: World, what: str, other: object) -> None:
+    cache = Cache.open(world.root / "cache")
+    ids, target = cache.field("text/bert/ids"), cache.field("teacher/bert/text/layers")
+    read = ids.fingerprint[what]
+    target.fingerprint[what] = other
+    with pytest.raises(UsageError, match=f"text/bert/ids of .* has {what} {read}, the targets .* have {other}"):
+        evaluate_cache(world.texts, cache)
 
 
 @pytest.mark.parametrize("kind", ["images", "texts"])
 def test_a_distilled_network_is_scored_by_its_loss(world: World, kind: str) -> None:
     run = getattr(world, kind)
     found = evaluate_cache(run, settings=Settings(batch_size=7, baselines=True))["distillation"]
-    # Validation weighs batches of texts by rows, not tokens: close, and equal for pictures.
-    assert found["layers_mse"] == pytest.approx(run.info["score"]["value"], rel=1e-5 if kind == "images" else 0.05)
+    assert found["layers_mse"] == pytest.approx(run.info["score"]["value"], rel=1e-5)
     assert found["rows"] == (12 if kind == "images" else 24)
     before = found["baselines"][BEFORE]["layers_mse"]
     assert found["layers_mse"] < before
@@ -574,7 +680,7 @@ def test_a_student_that_did_not_learn_is_its_own_baseline(world: World) -> None:
 def test_label_retrieval_end_to_end_of_teacher_and_student(world: World, tmp_path: Path) -> None:
     pictures = read_labelled(write_npz(tmp_path / "tiny.npz"))
     found = evaluate_pictures(world.images, pictures, 24, settings=Settings(baselines=True, batch_size=4))
-    result = found["pictures"]["tiny"]
+    result = found["pictures"]["tiny@24"]
     assert (result["bank"], result["queries"], result["classes"], result["size"]) == (6, 4, 3, 24)
     vit = load_saved(world.root / "vit")
     crops = [np.stack([part.crop(i, 24) for i in range(len(part))]) for part in (pictures.bank, pictures.queries)]
@@ -594,11 +700,42 @@ def test_label_retrieval_end_to_end_of_teacher_and_student(world: World, tmp_pat
     assert [line.split("  ")[1] for line in shown.splitlines()[3:]] == [STUDENT, BEFORE, TEACHER, "chance"]
 
 
+def test_a_network_that_made_no_targets_is_not_called_the_teacher(world: World, tmp_path: Path) -> None:
+    settings = Settings(baselines=True)
+    # The pairs run regresses vit's CLS: vit is its teacher, bert only reads its captions.
+    texts = evaluate_texts(world.pairs, TextPairs("tiny", ("a red", "a"), ("red", "on a")), settings=settings)
+    assert set(texts["texts"]["tiny"]["baselines"]) == {BEFORE, ENCODER}
+    pictures = evaluate_pictures(world.pairs, read_labelled(write_npz(tmp_path / "tiny.npz")), settings=settings)
+    assert set(pictures["pictures"]["tiny@16"]["baselines"]) == {BEFORE, TEACHER}
+    contestants = Contestants(world.images, world.cache, settings, with_frozen=True)
+    vit = load_saved(world.root / "vit")
+    assert contestants.frozen_name(vit) == TEACHER
+    assert contestants.frozen_name(replace(vit, weights_sha256="0" * 64)) == ENCODER
+
+
+def test_the_whole_encoder_stands_beside_a_student_of_another_teacher(world: World, tmp_path: Path) -> None:
+    save_network(tiny_network("big", "image", seed=9), tmp_path / "big")
+    for split in ("train", "val"):
+        config = replace(extract_config(world.root, split), cache=tmp_path / "cache")
+        extract(
+            replace(config, teacher=(str(tmp_path / "big"),), encoder=str(world.root / "vit"), targets=("layers",)),
+            lambda _: None,
+        )
+    wanted = (*ONCE, "student.image_blocks=1")
+    train(
+        TrainConfig(tmp_path / "cache", "image-kd", wanted, tmp_path / "run", precision="float32", device="cpu"),
+        lambda _: None,
+    )
+    pictures = read_labelled(write_npz(tmp_path / "tiny.npz"))
+    found = evaluate_pictures(load_run(tmp_path / "run"), pictures, settings=Settings(baselines=True))
+    assert set(found["pictures"]["tiny@16"]["baselines"]) == {BEFORE, ENCODER}
+
+
 def test_the_size_of_pictures_must_fit_the_patches(world: World, tmp_path: Path) -> None:
     pictures = read_labelled(write_npz(tmp_path / "tiny.npz"))
     with pytest.raises(UsageError, match="20 x 20 px do not divide into patches of 8 px"):
         evaluate_pictures(world.images, pictures, 20)
-    found = evaluate_pictures(world.images, pictures)["pictures"]["tiny"]
+    found = evaluate_pictures(world.images, pictures)["pictures"]["tiny@16"]
     assert found["size"] == 16  # the cache's
 
 
@@ -606,9 +743,9 @@ def test_a_broken_labelled_picture_is_left_out_with_its_label(world: World, tmp_
     bank = labelled_tar(tmp_path / "bank.tar", ["cat", "dog", "cat", "dog"], broken=1)
     queries = labelled_tar(tmp_path / "queries.tar", ["cat", "dog"])
     settings = Settings(max_bad=0.5)
-    found = evaluate_pictures(world.images, read_labelled(bank, queries), settings=settings)["pictures"]["bank"]
+    found = evaluate_pictures(world.images, read_labelled(bank, queries), settings=settings)["pictures"]["bank@16"]
     assert (found["bank"], found["queries"]) == (3, 2)
-    assert found["quarantined"][0].startswith("bank.tar 001: ")
+    assert found["quarantined"][0].startswith("bank.tar/001: ")
 
 
 def test_text_pairs_end_to_end_of_teacher_and_student(world: World) -> None:
@@ -633,7 +770,7 @@ def test_text_pairs_end_to_end_of_teacher_and_student(world: World) -> None:
 
 
 def test_equal_texts_have_equal_features_whatever_their_neighbours(world: World) -> None:
-    contestants = run_module.Contestants(world.texts, world.cache, Settings(batch_size=3))
+    contestants = Contestants(world.texts, world.cache, Settings(batch_size=3))
     texts = ["a red square", "on left of a big blue circle", "a", "a red square", "a big circle", "a red square"]
     features = run_module._encode_texts(contestants, texts, contestants.settings)[STUDENT]
     assert (features[0] == features[3]).all()
@@ -682,3 +819,32 @@ def test_the_results_are_json(world: World, tmp_path: Path) -> None:
     shown = table(results)
     assert shown.count(STUDENT) >= 3
     assert max(len(line) for line in shown.splitlines()) <= 100
+
+
+def test_data_sets_of_one_name_are_refused_with_both_paths(world: World, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_npz(tmp_path / folder / "tiny.npz")
+        (tmp_path / folder / "qqp.tsv").write_text("sentence1\tsentence2\tlabel\na red\tred\t1\n")
+    both = [str(tmp_path / folder / "tiny.npz") for folder in ("a", "b")]
+    with pytest.raises(UsageError, match=r"--images .*a/tiny\.npz and .*b/tiny\.npz would both be called 'tiny'"):
+        cli.evaluate(world.pairs.dir, images=both)
+    with pytest.raises(UsageError, match=r"--texts .*a/qqp\.tsv and .*b/qqp\.tsv would both be called 'qqp'"):
+        cli.evaluate(world.pairs.dir, texts=[tmp_path / "a/qqp.tsv", tmp_path / "b/qqp.tsv"])
+    refuse_equal_names("--texts", [("a", "x"), ("b", "y")])
+
+
+def test_one_picture_set_at_two_sizes_gives_two_results(world: World, tmp_path: Path) -> None:
+    pictures = read_labelled(write_npz(tmp_path / "tiny.npz"))
+    for size in (16, 24):
+        write_results(tmp_path, evaluate_pictures(world.images, pictures, size))
+    found = json.loads((tmp_path / "evaluation.json").read_text())["pictures"]
+    assert {name: result["size"] for name, result in found.items()} == {"tiny@16": 16, "tiny@24": 24}
+    assert found["tiny@16"]["on"] == str(tmp_path / "tiny.npz")
+
+
+def test_flags_that_would_lose_a_result_or_do_nothing_are_refused(world: World) -> None:
+    with pytest.raises(UsageError, match=r"--split val and --data x\.tar: evaluation\.json holds one"):
+        cli.evaluate(world.pairs.dir, split="val", data=["x.tar"])
+    with pytest.raises(UsageError, match="--size 32 without --images"):
+        cli.evaluate(world.pairs.dir, size=32)

@@ -12,7 +12,7 @@ from torch import Tensor
 from emkum.models import targets
 from emkum.stage2_train.objectives.cls_mse import cls_mse
 from emkum.stage2_train.objectives.ctl import FifoBank, WholeBank, ctl
-from emkum.stage2_train.objectives.itc import MAX_LOG_SCALE, itc, start_log_scale, unit
+from emkum.stage2_train.objectives.itc import MAX_LOG_SCALE, clamp_log_scale, itc, start_log_scale, unit
 from emkum.stage2_train.objectives.layers_mse import layers_mse
 
 
@@ -91,6 +91,13 @@ def test_the_scale_starts_at_one_over_the_temperature_and_never_counts_for_more_
     at_limit = itc(images, texts, torch.tensor(math.log(100.0), dtype=torch.float64), rows)
     beyond = itc(images, texts, torch.tensor(9.0, dtype=torch.float64), rows)
     assert beyond.loss.item() == pytest.approx(at_limit.loss.item(), rel=1e-12)
+
+
+def test_a_scale_past_100_is_taken_back_in_place() -> None:
+    scale = torch.nn.Parameter(torch.tensor(9.0))
+    clamp_log_scale(scale)
+    assert scale.item() == pytest.approx(MAX_LOG_SCALE)
+    assert scale.requires_grad
 
 
 def test_accuracies_count_each_direction_apart() -> None:
@@ -228,6 +235,11 @@ def test_cls_mse_is_half_the_mean_square_of_each_side() -> None:
     assert found.image_loss.item() == pytest.approx(plain_image, rel=1e-12)
     assert found.text_loss.item() == pytest.approx(plain_text, rel=1e-12)
     assert found.loss.item() == pytest.approx((plain_image + plain_text) / 2, rel=1e-12)
+
+
+def test_cls_mse_does_not_broadcast() -> None:
+    with pytest.raises(AssertionError):
+        cls_mse(random(4, 3), random(4, 3), random(4, 1))
 
 
 def test_cls_mse_gradients_are_those_of_finite_differences() -> None:

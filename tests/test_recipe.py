@@ -137,6 +137,13 @@ def test_an_objective_is_taken_out_with_none_and_put_in_by_any_of_its_keys() -> 
         ("itc-only", "objectives.itc=none", UsageError, "recipe itc-only has no objective | pairs take"),
         ("image-kd", "objectives.itc.weight=1", UsageError, "objectives.itc is not for kind images"),
         ("image-kd", "student.head_width=8", UsageError, "student.head_width is for pairs"),
+        ("ssmke", "student.head_width=0", UsageError, "student.head_width = 0 is not >= 1"),
+        ("ssmke", "optimiser.betas=[0.9, 1.0]", UsageError, "betas = [0.9, 1.0] is not within 0 and 1, below 1"),
+        ("ssmke", "objectives.itc.weight=inf", UsageError, "weight = inf is not >= 0 and finite"),
+        ("ssmke", "objectives.itc.weight=nan", UsageError, "weight = nan is not >= 0 and finite"),
+        ("text-kd", "data.cut=3", UsageError, "data.cut = 3 has no effect: a sample of kind texts has no such part"),
+        ("image-kd", "student.text_blocks=3", UsageError, "student.text_blocks = 3 has no effect"),
+        ("itc-only", "data.targets=teacher/a/image/cls", UsageError, "has no effect: no objective reads a target"),
     ],
 )  # fmt: skip
 def test_what_is_said_about_a_recipe_that_is_wrong(
@@ -201,6 +208,17 @@ def test_crops_go_through_the_only_image_network_the_cache_keeps() -> None:
          "UsageError: recipe ssmke: 2 fields fit data.targets: teacher/beit2/image/cls, teacher/dinov2-s/image/cls | "
          "choose one: --set data.targets=teacher/beit2/image/cls"),
         ("ssmke", [], cache(TOKENS, "image/dinov2-s@0/tokens", IDS, CLS), UsageError, "2 fields fit data.inputs"),
+        ("ssmke", [f"data.targets={LAYERS}"], cache(TOKENS, IDS, CLS, LAYERS), UsageError,
+         f"data.targets = {LAYERS} is not a teacher's cls targets (teacher/<network>/image/cls) | choose one that "
+         f"fits: --set data.targets={CLS}"),
+        ("text-kd", [f"data.ids={TEXT_LAYERS}"], cache(IDS, TEXT_LAYERS), UsageError,
+         f"is not token ids of the texts (text/<network>/ids) | choose one that fits: --set data.ids={IDS}"),
+        ("ssmke", [f"data.inputs={CLS}"], cache(TOKENS, IDS, CLS), UsageError,
+         "is not image inputs (image/<network>@<cut>/tokens or image/crops-<size>) | choose one that fits"),
+        ("ssmke", ["data.cut=3"], cache(TOKENS, IDS, CLS), UsageError,
+         "data.cut = 3, and the inputs image/dinov2-s@6/tokens have cut 6 | leave data.cut out"),
+        ("ssmke", ["data.encoder=clip"], cache(TOKENS, IDS, CLS), UsageError,
+         "data.encoder = 'clip', and the inputs image/dinov2-s@6/tokens have encoder 'dinov2-s'"),
         ("ssmke", [], cache("image/crops-224", IDS, CLS, models=["a", "b", "minilm"]), UsageError,
          "the cache keeps 2 image networks (a, b) | choose one: --set data.encoder=NAME"),
         ("ssmke", [], cache(TOKENS, IDS, CLS, paired=False), MissingCaptions,

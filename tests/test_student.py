@@ -65,7 +65,8 @@ def test_how_many_blocks_follow_the_cut(wanted: str, cut: int, expected: int) ->
     student = build(pairs(f"student.image_blocks={wanted}"), cut=cut)
     assert (student.image_blocks.depth if student.image_blocks is not None else 0) == expected
     assert len(student.encode_images(tokens()).hidden) == expected + 1  # and the shared one
-    assert student.input_cut == cut
+    assert student.spec.image is not None
+    assert student.spec.image.cut == cut
 
 
 @pytest.mark.parametrize(
@@ -205,8 +206,26 @@ def test_what_is_said_about_blocks_that_are_not_there(overrides: list[str], cut:
 
 
 def test_a_student_without_a_block_is_refused() -> None:
-    with pytest.raises(UsageError, match="a student without a block"):
+    with pytest.raises(UsageError, match="a student without a block") as error:
         build(load_recipe("image-kd"), cut=2)
+    assert "--set student.image_blocks=all" in error.value.way_out
+    with pytest.raises(UsageError, match=r"a student without a block \(text_blocks 0, shared_blocks 0\)") as error:
+        build(load_recipe("text-kd", ["student.text_blocks=0"]))
+    assert "--set student.text_blocks=all" in error.value.way_out
+
+
+def test_a_head_of_another_width_than_the_target_is_refused_with_both() -> None:
+    with pytest.raises(UsageError, match=r"head_width = 5: the target teacher/tinyvit/image/cls has 9 channels"):
+        build(pairs("student.head_width=5"), target_width=9)
+
+
+def test_features_are_float32_where_products_are_not() -> None:
+    student, (ids, mask) = build(pairs(), target_width=9), texts()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images, captions = student.encode_images(tokens()), student.encode_texts(ids, mask)
+        heads = student.head(torch.zeros(1, WIDTH))  # type: ignore[misc]
+    assert (images.features_BD.dtype, captions.features_BD.dtype) == (torch.float32, torch.float32)
+    assert heads.dtype == torch.bfloat16  # as it would be without care
 
 
 def test_a_convolutional_network_gives_no_blocks() -> None:

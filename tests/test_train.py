@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
-from collections.abc import Callable
-from dataclasses import replace
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +23,24 @@ import pytest
 import torch
 from tiny_cache import TinyCache, make_cache
 
-from emkum.errors import Interrupted, NotARun, ResumeMismatch, StorageFailure, UsageError
+from emkum.errors import (
+    AnotherWriter,
+    IncompleteCache,
+    Interrupted,
+    NotARun,
+    ResumeMismatch,
+    StorageFailure,
+    UsageError,
+)
 from emkum.shards.ledger import with_digest, without_digest
+from emkum.shards.reader import Cache
 from emkum.stage2_train import losses, run_folder
+from emkum.stage2_train.objectives.itc import MAX_LOG_SCALE
 from emkum.stage2_train.optimiser import rate
 from emkum.stage2_train.recipe import load_recipe
-from emkum.stage2_train.run_folder import RunFolder, load_run, read_checkpoint
-from emkum.stage2_train.train import RunResult, TrainConfig, train
+from emkum.stage2_train.run_folder import RunFolder, held, load_run, new_run, read_checkpoint
+from emkum.stage2_train.train import Distillation, RunResult, TrainConfig, train
+from emkum.stage2_train.validation import Score, make_validator
 
 SMALL = ("training.batch=8", "training.epochs=3", "optimiser.lr=0.3", "optimiser.encoder_lr=0.05")
 
@@ -322,28 +337,36 @@ def test_sigterm_stops_as_sigint_does_and_old_handlers_come_back(
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(
-    cache: TinyCache, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As after kill -9: no handler runs, the folder stays as it lies."""
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from emkum.stage2_train import losses
+from emkum.stage2_train.train import TrainConfig, train
+
+add, seen = losses.Journal.add, [0]
+
+def dying(self, parts):
+    seen[0] += 1
+    if seen[0] == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(self, parts)
+
+losses.Journal.add = dying
+cache, folder, *overrides = sys.argv[1:]
+train(TrainConfig(Path(cache), "ssmke", tuple(overrides), Path(folder), precision="float32", device="cpu", log_every=2))
+"""
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(cache: TinyCache, tmp_path: Path, uninterrupted: Path) -> None:
+    """SIGKILL of a process of its own: no handler runs, and the folder, lock included, stays as it lies."""
     folder = tmp_path / "run"
-
-    class Killed(BaseException):
-        pass
-
-    add, seen = losses.Journal.add, [0]
-
-    def dying(self: losses.Journal, parts: Any) -> None:
-        seen[0] += 1
-        if seen[0] == 8:
-            raise Killed
-        add(self, parts)
-
-    monkeypatch.setattr(losses.Journal, "add", dying)
-    with pytest.raises(Killed):
-        run(configured(cache, folder, "ssmke", "objectives.ctl.bank=20"))
-    monkeypatch.setattr(losses.Journal, "add", add)
+    words = [sys.executable, "-c", KILLED, str(cache.path), str(folder), *SMALL, "objectives.ctl.bank=20"]
+    assert subprocess.run(words, capture_output=True).returncode == -signal.SIGKILL
+    assert json.loads((folder / "run.json").read_text())["status"] == "running"
     assert checkpoint(folder)["global_step"] == 5
+    torn = folder / "checkpoints" / ".last.ckpt.0123.tmp"
+    torn.write_bytes(b"half of it")
+    os.utime(torn, (0, 0))
     run(TrainConfig(cache.path, run_dir=folder, resume=True, device="cpu", log_every=2))
     assert same(checkpoint(uninterrupted)["state_dict"], checkpoint(folder)["state_dict"])
     assert untimed(folder) == untimed(uninterrupted)
@@ -409,6 +432,272 @@ def test_another_cache_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
         run(TrainConfig(other.path, run_dir=uninterrupted, resume=True, device="cpu"))
 
 
+@contextlib.contextmanager
+def without(receipts: list[Path]) -> Iterator[None]:
+    """The cache as it was before these blocks were extracted."""
+    kept = {path: path.read_bytes() for path in receipts}
+    for path in receipts:
+        path.unlink()
+    yield
+    for path, data in kept.items():
+        path.write_bytes(data)
+
+
+def test_a_cache_that_got_a_second_view_is_refused(tmp_path: Path) -> None:
+    made, folder = make_cache(tmp_path / "cache", views=2, cut=1), tmp_path / "run"
+    with without(sorted((made.path / "_emkum/receipts").rglob("*-1.json"))):
+        run(configured(made, folder, "cls-mse"))
+    with pytest.raises(ResumeMismatch, match="views: 1 in the run, 2 now"):
+        run(TrainConfig(made.path, run_dir=folder, resume=True, device="cpu"))
+
+
+def test_a_validation_split_that_grew_is_refused(tmp_path: Path) -> None:
+    made, folder = make_cache(tmp_path / "cache", val_pictures=24, cut=1), tmp_path / "run"
+    with without([made.path / "_emkum/receipts/image/tinyvit@1/tokens/000003-0.json"]):
+        run(configured(made, folder, "cls-mse", allow_partial=True))
+    with pytest.raises(ResumeMismatch) as error:
+        run(TrainConfig(made.path, run_dir=folder, resume=True, device="cpu"))
+    assert re.search(r"validation.digest: \w{64} in the run, \w{64} now", error.value.what)
+    assert re.search(r"validation.rows.image/tinyvit@1/tokens: \d+ in the run, 24 now", error.value.what)
+
+
+def test_views_of_one_half_of_a_split_only_name_the_way_out(tmp_path: Path) -> None:
+    made = make_cache(tmp_path / "cache", views=2, cut=1)
+    with without([made.path / "_emkum/receipts/image/tinyvit@1/tokens/000000-1.json"]):
+        with pytest.raises(IncompleteCache) as error:
+            run(configured(made, tmp_path / "run", "cls-mse"))
+        assert "as view 0 is complete, on that alone: --set data.views=first" in error.value.way_out
+        assert not (tmp_path / "run").exists()
+        run(configured(made, tmp_path / "run", "cls-mse", "data.views=first"))
+
+
+IN_IDENTITY = {"cache", "recipe", "overrides", "seed", "precision", "live", "max_steps"}
+PLACE_OR_SPEED = {
+    "run_dir", "device", "data", "resume", "threads", "prefetch", "log_every", "checkpoint_minutes",
+    "activation_checkpointing",
+    "allow_partial",  # the rows it lets in are in the identity
+}  # fmt: skip
+
+
+def test_every_field_of_the_configuration_is_in_the_identity_or_changes_no_number(
+    cache: TinyCache, uninterrupted: Path, tmp_path: Path
+) -> None:
+    assert {field.name for field in fields(TrainConfig)} == IN_IDENTITY | PLACE_OR_SPEED
+    identity = json.loads((uninterrupted / "run.json").read_text())["identity"]
+    assert set(identity) == {
+        "recipe", "cache", "fields", "samples", "views", "rows", "steps", "seed", "precision", "live", "validation",
+    }  # fmt: skip
+    other = make_cache(tmp_path / "cache", pictures=40, views=2, cut=1)
+    changes: dict[str, Any] = {
+        "cache": other.path, "recipe": "itc-only", "overrides": ("optimiser.lr=0.2",), "seed": 3,
+        "precision": "bfloat16", "max_steps": 4,
+    }  # fmt: skip
+    for name in sorted(IN_IDENTITY - {"live"}):  # live needs tars: tests/test_live.py
+        config = TrainConfig(cache.path, run_dir=uninterrupted, resume=True, device="cpu")
+        with pytest.raises(ResumeMismatch):
+            run(replace(config, **{name: changes[name]}))
+
+
+# --- one process a folder ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_somebody_trains_in_is_refused(cache: TinyCache, tmp_path: Path, uninterrupted: Path) -> None:
+    with held(RunFolder(uninterrupted)):
+        with pytest.raises(AnotherWriter, match=f"another process is training in {uninterrupted}") as error:
+            run(TrainConfig(cache.path, run_dir=uninterrupted, resume=True, device="cpu"))
+        assert error.value.exit_code == 6
+    (tmp_path / "run").mkdir()
+    with held(RunFolder(tmp_path / "run")), pytest.raises(AnotherWriter):
+        run(configured(cache, tmp_path / "run"))
+
+
+def test_two_runs_that_begin_at_once_get_two_folders_and_none_stays_of_a_run_that_did_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with new_run(None, "a") as first, new_run(None, "a") as second:
+        assert (first.dir, second.dir) == (Path("runs/a"), Path("runs/a-2"))
+        second.info.write_text("{}")
+    assert not Path("runs/a").exists()
+    assert Path("runs/a-2").exists()
+
+
+# --- what the folder keeps whole ---------------------------------------------------------------------------------
+
+
+def test_damage_to_the_last_checkpoint_in_place_is_no_damage_to_the_best(
+    cache: TinyCache, tmp_path: Path, uninterrupted: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(uninterrupted, folder.dir)
+    assert not folder.last.samefile(folder.best)
+    with folder.last.open("r+b") as file:
+        file.write(b"x" * 1000)
+    read_checkpoint(folder.best)
+
+
+def test_a_best_checkpoint_that_was_not_copied_yet_is_made_again(
+    cache: TinyCache, tmp_path: Path, uninterrupted: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(uninterrupted, folder.dir)
+    kept = read_checkpoint(folder.last)
+    kept["emkum"]["best_step"] = kept["global_step"]
+    torch.save(kept, folder.last)
+    folder.best.unlink()
+    run(TrainConfig(cache.path, run_dir=folder.dir, resume=True, device="cpu"))
+    assert folder.best.read_bytes() == folder.last.read_bytes()
+
+
+def test_a_damaged_last_checkpoint_without_a_best_one_says_what_to_do(
+    cache: TinyCache, tmp_path: Path, uninterrupted: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(uninterrupted, folder.dir)
+    folder.last.write_bytes(b"x")
+    folder.best.unlink()
+    with pytest.raises(NotARun) as error:
+        run(TrainConfig(cache.path, run_dir=folder.dir, resume=True, device="cpu"))
+    assert f"and there is no {folder.best}" in error.value.what
+    assert "it was started with: emkum train --cache" in error.value.way_out
+
+
+def test_metrics_of_other_columns_are_refused_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
+    path, said = tmp_path / "metrics.csv", list[str]()
+    path.write_text("step,loss\n1,0.5\n2,0.4\n3\n9,0.1\n")
+    run_folder.MetricsFile(path, ["loss"], 2, said.append)
+    assert path.read_text() == "step,loss\n1,0.5\n2,0.4\n"
+    assert said == [f"warning: line 4 of {path} cannot be read and is left out: '3'"]
+    with pytest.raises(ResumeMismatch, match="has the columns step,loss; this run writes step,loss,itc"):
+        run_folder.MetricsFile(path, ["loss", "itc"], 2, said.append)
+    assert path.read_text() == "step,loss\n1,0.5\n2,0.4\n"
+
+
+@pytest.mark.parametrize("key", ["identity", "continue", "precision"])
+def test_a_run_json_that_lacks_a_key_is_not_a_run(
+    cache: TinyCache, tmp_path: Path, uninterrupted: Path, key: str
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(uninterrupted, folder.dir)
+    info = json.loads(folder.info.read_text())
+    del info[key]
+    folder.info.write_text(json.dumps(info))
+    with pytest.raises(NotARun, match=f"it lacks {key}"):
+        run(TrainConfig(cache.path, run_dir=folder.dir, resume=True, device="cpu"))
+
+
+def test_commands_are_quoted_and_a_resumed_run_keeps_the_one_that_started_it(
+    cache: TinyCache, tmp_path: Path, signal_at: Callable[..., None]
+) -> None:
+    folder = tmp_path / "a run"
+    config = configured(cache, folder, "ssmke", "optimiser.betas=[0.8, 0.9]", threads=3, activation_checkpointing=True)
+    signal_at(4)
+    with pytest.raises(Interrupted):
+        run(config)
+    signal_at()
+    first = json.loads((folder / "run.json").read_text())
+    words = shlex.split(first["command"])
+    assert words[words.index("optimiser.betas=[0.8, 0.9]") - 1] == "--set"
+    assert words[-5:] == ["--device", "cpu", "--threads", "3", "--activation-checkpointing"]
+    assert shlex.split(first["continue"])[4:7] == ["--run-dir", str(folder), "--resume"]
+    run(TrainConfig(cache.path, run_dir=folder, resume=True, device="cpu"))
+    last = json.loads((folder / "run.json").read_text())
+    assert last["command"] == first["command"]
+    assert [session["from_step"] for session in last["sessions"]] == [0, 4]
+    assert "--resume" in last["sessions"][1]["command"]
+
+
+def test_a_second_signal_ends_at_once_and_the_folder_says_interrupted(
+    cache: TinyCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = losses.Journal.add
+
+    def twice(self: losses.Journal, parts: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        add(self, parts)
+
+    monkeypatch.setattr(losses.Journal, "add", twice)
+    with pytest.raises(Interrupted, match="stopped at once by a second signal"):
+        run(configured(cache, tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_no_checkpoint_is_written_of_weights_that_are_not_numbers(
+    cache: TinyCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_at: Callable[..., None]
+) -> None:
+    clamp, steps = losses.Terms.clamp_scales, [0]
+
+    def poison(self: Any) -> None:
+        steps[0] += 1
+        clamp(self.terms)
+        if steps[0] == 7:  # after its loss: only the weights show it
+            self.student.norm.bias.data.fill_(torch.nan)
+
+    step = Distillation.optimizer_step
+
+    def stepping(self: Distillation, *args: Any) -> None:
+        step(self, *args)
+        poison(self)
+
+    monkeypatch.setattr(Distillation, "optimizer_step", stepping)
+    signal_at(7)
+    with pytest.raises(UsageError, match="training diverged: weights are not finite after step 7"):
+        run(configured(cache, tmp_path / "run"))
+    assert checkpoint(tmp_path / "run")["global_step"] == 5
+
+
+def test_a_validation_that_is_not_a_number_stops_the_run(
+    cache: TinyCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bad(*args: Any, **options: Any) -> Any:
+        return replace(make_validator(*args, **options), run=lambda: Score(float("nan"), {}))
+
+    monkeypatch.setattr("emkum.stage2_train.train.make_validator", bad)
+    with pytest.raises(UsageError, match="training diverged: the validation loss is nan after step 5"):
+        run(configured(cache, tmp_path / "run", "text-kd", "training.batch=16"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_learned_scale_itself_stays_at_most_100(cache: TinyCache, tmp_path: Path) -> None:
+    run(configured(cache, tmp_path / "run", "ssmke", "objectives.itc.temperature=0.01", "optimiser.lr=1"))
+    found = checkpoint(tmp_path / "run")["state_dict"]
+    assert max(float(found[f"terms.{term}_log_scale"]) for term in ("itc", "ctl")) <= MAX_LOG_SCALE + 1e-6
+    assert max(float(row["itc_scale"]) for row in metrics(tmp_path / "run") if row["itc_scale"]) <= 100.001
+
+
+def test_a_teacher_that_read_other_tokens_is_refused_for_text_kd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_cache(tmp_path / "cache", fields=("ids", "text_layers"))
+    field_of = Cache.field
+
+    def altered(self: Cache, name: str) -> Any:
+        field = field_of(self, name)
+        field.fingerprint = field.fingerprint | ({"max_tokens": 64} if name.endswith("text/layers") else {})
+        return field
+
+    monkeypatch.setattr(Cache, "field", altered)
+    with pytest.raises(UsageError, match=r"text/tinybert/ids has max_tokens None, .*text/layers has 64"):
+        run(configured(made, tmp_path / "run", "text-kd"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bank_that_costs_too_much_is_refused_with_its_bill(
+    cache: TinyCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "BANK_LIMIT_BYTES", 8 * 60 * losses.LOGIT_BYTES)
+    with pytest.raises(UsageError) as error:
+        run(configured(cache, tmp_path / "run", "ssmke", "objectives.ctl.bank=all"))
+    assert "objectives.ctl.bank = all: a batch of 8 against 80 rows takes 15,360 bytes" in error.value.what
+    assert error.value.way_out == "use fewer rows: --set objectives.ctl.bank=60"
+
+
+def test_another_split_with_pairs_is_seen_when_no_recipe_is_named(cache: TinyCache, tmp_path: Path) -> None:
+    config = replace(configured(cache, tmp_path / "run", "", "data.split=val"), recipe=None)
+    assert run(config)[0].recipe == "ssmke"
+
+
 def test_resuming_where_no_run_is_says_so(cache: TinyCache, tmp_path: Path) -> None:
     with pytest.raises(NotARun, match="holds no training run"):
         run(TrainConfig(cache.path, run_dir=tmp_path, resume=True))
@@ -429,7 +718,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_the_old_one_stays
     wrote: list[str] = []
 
     def full(self: Any, data: Any) -> None:
-        if self.path.name == "last.ckpt":
+        if "last.ckpt" in self.path.name:
             wrote.append("last")
             if len(wrote) == 2:
                 raise StorageFailure(f"no room to write {self.path}: No space left on device")

@@ -40,6 +40,8 @@ def tiny_network(name: str, modality: str, seed: int = 0, depth: int = 4, **chan
         for parameter_name, parameter in backbone.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+            elif parameter_name.endswith(("scale1", "scale2")):  # LayerScale: blocks that do something
+                parameter.normal_(1, 0.1, generator=generator)
             elif not parameter_name.endswith("weight"):
                 parameter.normal_(0, 0.1, generator=generator)
     backbone.eval().requires_grad_(False)

@@ -22,7 +22,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
-from emkum.errors import Interrupted, StorageFailure, UsageError
+from emkum.errors import Interrupted, NonFiniteFeature, StorageFailure, UsageError
+from emkum.shards.durable import write_file
 from emkum.stage2_train.loader import BatchLoader
 from emkum.stage2_train.losses import Journal, part_names
 from emkum.stage2_train.optimiser import peak_rate, rate
@@ -76,6 +77,7 @@ class RunKeeper(Callback):
         self.point, self.start_step = point, point.step if point else 0
         self.best_score: float | None = None
         self.best_step = 0
+        self.trainer_step = self.start_step
         self.before = Spent()  # in earlier sessions of this run
         self.paused_seconds = 0.0
         self.stop_signal = ""
@@ -96,6 +98,9 @@ class RunKeeper(Callback):
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.stop_signal:
+            with contextlib.suppress(StorageFailure):
+                measured = self._measured(self.trainer_step) if hasattr(self, "started") else {}
+                write_info(self.folder, {**self.info, **measured, "status": "interrupted"})
             raise self._interrupted("stopped at once by a second signal; steps since the last checkpoint are lost")
         self.stop_signal = signal.Signals(number).name
 
@@ -109,20 +114,19 @@ class RunKeeper(Callback):
         self.best_score, self.best_step = kept["best_score"], kept["best_step"]
         self.before, self._rng = Spent(**kept["spent"]), kept["rng"]
         self.journal.load_state_dict(kept["journal"])
-        if self.point is not None and self.point.path == self.folder.last and self.best_step == self.start_step:
-            copy_durably(self.folder.last, self.folder.best)  # the last session may have died just before this
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._rng is not None:
-            restore_rng(self._rng)
+            restore_rng(self._rng, pl_module.device)
         columns = ["epoch", "lr", "seconds", "samples_per_second", "waited", *part_names(self.recipe)]
         columns += self.validator.columns if self.validator else ()
         resumed = self.start_step or None
-        self.metrics = MetricsFile(self.folder.metrics, columns, resumed)
+        self.metrics = MetricsFile(self.folder.metrics, columns, resumed, self.say)
         self.board = TensorBoardLogger(
             self.folder.dir, name="", version="tensorboard", purge_step=None if resumed is None else resumed + 1
         )
         write_info(self.folder, {**self.info, "status": "running"})
+        write_file(self.folder.recipe, f"# As run; run.json says how.\n\n{self.recipe.to_toml()}".encode())
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self.now = ""
@@ -135,7 +139,7 @@ class RunKeeper(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
+        step = self.trainer_step = trainer.global_step
         last = step == len(self.order)
         scored = last or step % (self.order.steps_per_epoch * self.recipe.evaluation.every_epochs) == 0
         if scored or step % self.config.log_every == 0:
@@ -156,7 +160,7 @@ class RunKeeper(Callback):
             "spent": dataclasses.asdict(self._spent(trainer.global_step)),
             "measured": self._measured(trainer.global_step),
             "journal": self.journal.state_dict(),
-            "rng": rng_state(),
+            "rng": rng_state(pl_module.device),
         }
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -177,10 +181,7 @@ class RunKeeper(Callback):
         seconds, steps = max(now - self.logged, 1e-9), step - self.logged_step
         waited = (self.loader.waited_seconds - self.logged_waited) / seconds
         if not math.isfinite(values["loss"]):
-            raise UsageError(
-                f"training diverged: the loss is {values['loss']} at step {step}",
-                "lower the rate, for example --set optimiser.lr=1e-4, or train with --precision float32",
-            )
+            raise self._diverged(f"the loss is {values['loss']} at step {step}")
         speed = steps * self.order.batch / seconds
         rates = {
             "epoch": (step - 1) // self.order.steps_per_epoch + 1,
@@ -195,6 +196,24 @@ class RunKeeper(Callback):
         self.bar.set_postfix_str(self.now)
         self.logged, self.logged_step, self.logged_waited = now, step, self.loader.waited_seconds
 
+    def _diverged(self, what: str) -> UsageError:
+        return UsageError(
+            f"training diverged: {what}",
+            "lower the rate, for example --set optimiser.lr=1e-4, or train with --precision float32",
+        )
+
+    def _refuse_divergence(self, step: int) -> None:
+        """Raise UsageError if the loss since the last line, or a weight, is not finite: no checkpoint may keep that.
+
+        Without writing a line: the log is the same wherever checkpoints fall.
+        """
+        loss = self.journal.means().get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss} at step {step}")
+        weights = [parameter.detach() for parameter in self.student.parameters() if parameter.requires_grad]
+        if not torch.stack([torch.isfinite(weight).all() for weight in weights]).all():
+            raise self._diverged(f"weights are not finite after step {step}")
+
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         self.metrics.append(step, values)
         self.board.log_metrics(dict(values), step)
@@ -203,8 +222,14 @@ class RunKeeper(Callback):
         """Validate, keep the student if it is the best yet (or if nothing can say), and write a checkpoint."""
         started = time.perf_counter()
         best, found = self.validator is None, ""
+        self._refuse_divergence(step)
         if self.validator is not None:
-            score = self.validator.run()
+            try:
+                score = self.validator.run()
+            except NonFiniteFeature as error:
+                raise self._diverged(f"{error.what}, in the validation after step {step}") from error
+            if not math.isfinite(score.value):
+                raise self._diverged(f"the {self.validator.name} is {score.value} after step {step}")
             self._write(step, score.numbers)
             best = self.validator.better(score.value, self.best_score)
             if best:
@@ -222,6 +247,7 @@ class RunKeeper(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         started = time.perf_counter()
+        self._refuse_divergence(trainer.global_step)
         trainer.save_checkpoint(self.folder.last)
         self.saved = time.perf_counter()
         self._paused(started)

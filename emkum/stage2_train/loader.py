@@ -110,9 +110,12 @@ def refuse_missing(cache: Cache, field: Field, split: str, num_views: int) -> No
     if missing:
         rows = sum(len(field.rows(split, view)) for view in range(num_views))
         shown = ", ".join(f"{block}-{view}" for block, view in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        way_out = f"finish it: the same emkum extract command on {cache.path}; or train on what is there: "
+        way_out += "--allow-partial"
+        if num_views > 1 and not field.missing(split, 1):  # as where a second extraction had more views
+            way_out += "; or, as view 0 is complete, on that alone: --set data.views=first"
         raise IncompleteCache(
-            f"{field.name} lacks {len(missing)} blocks of split {split!r} ({shown}); {rows} rows are committed",
-            f"finish it: the same emkum extract command on {cache.path}; or train on what is there: --allow-partial",
+            f"{field.name} lacks {len(missing)} blocks of split {split!r} ({shown}); {rows} rows are committed", way_out
         )
 
 

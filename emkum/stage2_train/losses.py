@@ -13,16 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emkum.errors import UsageError
 from emkum.models import targets
 from emkum.stage2_train.loader import Batch, BatchSource, SampleTable
 from emkum.stage2_train.objectives.cls_mse import cls_mse
 from emkum.stage2_train.objectives.ctl import FifoBank, WholeBank, ctl
-from emkum.stage2_train.objectives.itc import Contrast, itc, start_log_scale
+from emkum.stage2_train.objectives.itc import MAX_LOG_SCALE, Contrast, clamp_log_scale, itc, start_log_scale
 from emkum.stage2_train.objectives.layers_mse import layers_mse
 from emkum.stage2_train.recipe import Recipe
 from emkum.stage2_train.student import Student
 
 AUTO_BANK_ROWS = 65_536  # THESIS.md section 2: the FIFO of `ctl`
+LOGIT_BYTES = (
+    6 * 4
+)  # of each sample and candidate: float32 logits, masked, and their gradient, of pictures and captions
+BANK_LIMIT_BYTES = 8 * 2**30
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,12 @@ class Terms(nn.Module):
         self.ctl_log_scale = _log_scale(wanted.ctl.temperature) if wanted.ctl else None
         self.bank = bank
 
+    def clamp_scales(self) -> None:
+        """Called after each optimiser step: the learned scales stay at most 100 (objectives/itc.py)."""
+        for log_scale in (self.itc_log_scale, self.ctl_log_scale):
+            if log_scale is not None:
+                clamp_log_scale(log_scale)
+
 
 def make_bank(
     recipe: Recipe, table: SampleTable, source: BatchSource, width: int | None
@@ -51,12 +62,27 @@ def make_bank(
     if recipe.objectives.ctl is None or width is None:
         return None
     wanted, rows = recipe.objectives.ctl.bank, table.num_samples * table.num_views
+    refuse_costly_bank(recipe, wanted, rows)
     if wanted == "all" or (wanted == "auto" and rows <= AUTO_BANK_ROWS):
         assert table.image_rows_N is not None
         rows_N = torch.from_numpy(table.image_rows_N)
         return WholeBank(rows_N, source.all_targets(), fresh=source.fresh_targets)
     # More than the split holds would only repeat rows.
     return FifoBank(min(AUTO_BANK_ROWS if isinstance(wanted, str) else wanted, rows), width)
+
+
+def refuse_costly_bank(recipe: Recipe, wanted: int | str, rows: int) -> None:
+    """Raise UsageError where the logits against the bank would take more than BANK_LIMIT_BYTES."""
+    batch = recipe.training.batch
+    candidates = rows if wanted == "all" else min(AUTO_BANK_ROWS if isinstance(wanted, str) else wanted, rows)
+    num_bytes = candidates * batch * LOGIT_BYTES
+    if num_bytes > BANK_LIMIT_BYTES:
+        fitting = min(AUTO_BANK_ROWS, BANK_LIMIT_BYTES // (batch * LOGIT_BYTES))
+        raise UsageError(
+            f"objectives.ctl.bank = {wanted}: a batch of {batch:,} against {candidates:,} rows takes "
+            f"{num_bytes:,} bytes ({num_bytes / 2**30:.1f} GiB), more than {BANK_LIMIT_BYTES / 2**30:g} GiB",
+            f"use fewer rows: --set objectives.ctl.bank={fitting}",
+        )
 
 
 def bank_in_words(bank: FifoBank | WholeBank | None) -> str:
@@ -105,7 +131,7 @@ def _contrast_parts(name: str, contrast: Contrast, log_scale: Tensor) -> dict[st
         f"{name}_text": contrast.text_loss,
         f"{name}_image_accuracy": contrast.image_accuracy,
         f"{name}_text_accuracy": contrast.text_accuracy,
-        f"{name}_scale": log_scale.exp(),
+        f"{name}_scale": log_scale.clamp(max=MAX_LOG_SCALE).exp(),
     }
 
 
@@ -172,10 +198,14 @@ class Journal:
         """The inverse of `state_dict`."""
         self.names, self._sums, self._count = list(state["names"]), state["sums"], state["count"]
 
-    def take(self) -> dict[str, float]:
-        """The means since the last call. Waits for the device."""
+    def means(self) -> dict[str, float]:
+        """The means since the last `take`. Waits for the device."""
         if self._sums is None:
             return {}
-        means = (self._sums / self._count).tolist()
+        return dict(zip(self.names, (self._sums / self._count).tolist(), strict=True))
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call. Waits for the device."""
+        means = self.means()
         self._sums, self._count = None, 0
-        return dict(zip(self.names, means, strict=True))
+        return means

@@ -72,6 +72,8 @@ class TrainConfig:
         _require(self.threads > 0, f"--threads {self.threads}", "give 1 or more")
         _require(self.prefetch > 0, f"--prefetch {self.prefetch}", "give 1 or more")
         _require(self.log_every > 0, f"--log-every {self.log_every}", "give 1 or more")
+        minutes = self.checkpoint_minutes
+        _require(minutes >= 0, f"checkpoint_minutes {minutes}", "give minutes, from 0: after every step")
         _require(not self.resume or self.run_dir is not None, "--resume without --run-dir", "name the run's folder")
 
 
@@ -122,6 +124,7 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
 
     image_network = load_saved(cache.model_dir(names.encoder)) if names.encoder else None
     text_network = load_saved(cache.model_dir(names.text_encoder)) if names.text_encoder else None
+    _check_tokenizer(cache, recipe, names)
     _check_target_shape(cache, recipe, names, image_network, text_network)
     target_width = cache.field(names.targets).row_shape[-1] if names.targets and recipe.kind == "pairs" else None
     student = build_student(recipe, names, image_network, text_network, target_width, seed)
@@ -160,7 +163,7 @@ def _recipe(config: TrainConfig, cache: Cache, before: Mapping[str, Any] | None)
         return load_recipe(config.recipe, config.overrides), ""
     if before is not None:
         return recipe_from_table(before["recipe"], config.overrides), "the run's own"
-    name, why = choose_recipe(cache)
+    name, why = choose_recipe(cache, config.overrides)
     return load_recipe(name, config.overrides), why
 
 
@@ -168,6 +171,21 @@ def _compute(config: TrainConfig, before: Mapping[str, Any] | None, device: torc
     if config.precision != "auto":
         return config.precision
     return str(before["precision"]) if before is not None else good_compute(device)
+
+
+def _check_tokenizer(cache: Cache, recipe: Recipe, names: FieldNames) -> None:
+    """text-kd: raise UsageError where the teacher read other tokens than the student's ids."""
+    if recipe.kind != "texts" or names.targets is None or names.ids is None:
+        return
+    ids, taught = cache.field(names.ids).fingerprint, cache.field(names.targets).fingerprint
+    for key in ("tokenizer", "max_tokens"):
+        if ids.get(key) != taught.get(key):
+            raise UsageError(
+                f"{names.ids} has {key} {ids.get(key)}, {names.targets} has {taught.get(key)}: layers-mse compares "
+                "them token by token",
+                "choose fields of one tokenizer with --set data.ids=... and data.targets=..., or extract both at once "
+                "with the same --max-tokens",
+            )
 
 
 def _check_target_shape(
@@ -197,11 +215,20 @@ def frozen_prefix(network: Network, cut: int, compute: str, device: torch.device
     return lambda crops: frozen.pictures(crops)[0].clone()
 
 
-def run_info(plan: Plan, folder: RunFolder) -> dict[str, Any]:
-    """What run.json says from the start; measurements are added at the end."""
+def run_info(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, from_step: int) -> dict[str, Any]:
+    """What run.json says from the start; measurements are added at the end.
+
+    command: how the run was started, whatever continued it; sessions: every command since, and the step it began at.
+    """
     cuda = plan.device.type == "cuda"
+    if before is None:
+        command = started = start_command(plan.config, plan.recipe, plan.seed, folder.dir)
+    else:
+        command, started = continue_command(plan.config, folder.dir), before["command"]
+    session = {"command": command, "from_step": from_step, "device": str(plan.device)}
     return {
-        "command": start_command(plan.config, plan.recipe, plan.seed, folder.dir),
+        "command": started,
+        "sessions": [*(before.get("sessions", []) if before else []), session],
         "continue": continue_command(plan.config, folder.dir),
         "recipe": plan.recipe.to_json(),
         "cache": {

@@ -24,9 +24,9 @@ BATCH_OF_RATES = 256  # learning rates in a recipe are for this batch and grow i
 Blocks = int | Literal["half", "all"]
 
 
-def ranged(default: Any, low: float, high: float = math.inf) -> Any:
-    """A dataclass field whose number (or every number of a tuple) must lie in [low, high]."""
-    return field(default=default, metadata={"range": (low, high)})
+def ranged(default: Any, low: float, high: float = math.inf, *, below: bool = False) -> Any:
+    """A dataclass field whose number (or every number of a tuple) lies in [low, high]; below: in [low, high)."""
+    return field(default=default, metadata={"range": (low, high), "below": below})
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DataRecipe:
     split: str = "train"
     inputs: str = "auto"  # image/<encoder>@<cut>/tokens, or image/crops-<size>
     encoder: str = "auto"  # the frozen network in front of crops; with token inputs the field's own
-    cut: int = ranged(0, 0)  # the depth the frozen network runs to, for crops; with tokens the field's own
+    cut: int | Literal["auto"] = ranged("auto", 0)  # the depth it runs to: "auto" is 0; with tokens the field's own
     ids: str = "auto"  # text/<tokenizer>/ids
     targets: str = "auto"  # teacher/<name>/<image|text>/<cls|layers>
     captions: Literal["one", "all"] = "one"  # an epoch: each picture once with a drawn caption, or each caption once
@@ -57,12 +57,12 @@ class StudentRecipe:
     frozen_text_blocks: int = ranged(0, 0)
     train_embeddings: bool = False  # the text encoder's token embedding, positions and their norm
     shared_blocks: int = ranged(1, 0)
-    shared_heads: int | Literal["auto"] = "auto"  # "auto": heads of 64 channels
+    shared_heads: int | Literal["auto"] = ranged("auto", 1)  # "auto": heads of 64 channels
     shared_mlp_ratio: float = ranged(4.0, 0.25, 16.0)
     token_types: bool = True
     image_pooling: Literal["cls", "mean"] = "cls"
     text_pooling: Literal["cls", "mean"] = "cls"
-    head_width: int | Literal["auto"] = "auto"  # "auto": the target's width, else the student's
+    head_width: int | Literal["auto"] = ranged("auto", 1)  # "auto": the target's width, else the student's
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class OptimiserRecipe:
 
     lr: float = ranged(5e-4, 0.0, 1.0)  # new parts: shared blocks, projections, heads, temperatures
     encoder_lr: float = ranged(5e-5, 0.0, 1.0)  # blocks that start from a pretrained network
-    betas: tuple[float, float] = ranged((0.9, 0.98), 0.0, 1.0)
+    betas: tuple[float, float] = ranged((0.9, 0.98), 0.0, 1.0, below=True)
     eps: float = ranged(1e-6, 1e-12, 1.0)
     weight_decay: float = ranged(0.01, 0.0, 10.0)
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -319,13 +319,39 @@ def _described(options: Sequence[Any]) -> str:
 def _check_range(value: Any, written: Any, spec: dataclasses.Field[Any], where: str, path: str) -> None:
     bounds = spec.metadata.get("range", (-math.inf, math.inf) if type(value) is not int else (0, math.inf))
     numbers = value if isinstance(value, tuple) else (value,)
+    below = spec.metadata.get("below", False)
     for number in numbers:
-        if type(number) in (int, float) and not bounds[0] <= number <= bounds[1]:
+        if type(number) not in (int, float):
+            continue
+        within = bounds[0] <= number < bounds[1] if below else bounds[0] <= number <= bounds[1]
+        if not within or not math.isfinite(number):
             span = f">= {bounds[0]:g}" if bounds[1] == math.inf else f"within {bounds[0]:g} and {bounds[1]:g}"
+            span += " and finite" if not math.isfinite(number) else f", below {bounds[1]:g}" if below else ""
             raise UsageError(f"{where}: {path} = {written!r} is not {span}", f"change it with --set {path}=...")
 
 
 KIND_TERMS = {"pairs": ("itc", "ctl", "cls_mse"), "images": ("layers_mse",), "texts": ("layers_mse",)}
+KEYS_WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    "pairs": (),
+    "images": (
+        "data.ids",
+        "data.captions",
+        "student.text_blocks",
+        "student.frozen_text_blocks",
+        "student.train_embeddings",
+        "student.text_pooling",
+    ),
+    "texts": (
+        "data.inputs",
+        "data.encoder",
+        "data.cut",
+        "data.captions",
+        "data.views",
+        "student.image_blocks",
+        "student.frozen_image_blocks",
+        "student.image_pooling",
+    ),
+}
 
 
 def _check_kind(recipe: Recipe, where: str) -> None:
@@ -337,6 +363,20 @@ def _check_kind(recipe: Recipe, where: str) -> None:
             )
     if not recipe.terms:
         raise UsageError(f"{where} has no objective", f"{recipe.kind} take {', '.join(allowed)}")
+    nothing = Recipe(recipe.name, recipe.kind).to_json()
+    for path in KEYS_WITHOUT_EFFECT[recipe.kind]:
+        table, key = path.split(".")
+        value = getattr(getattr(recipe, table), key)
+        if value != nothing[table][key]:
+            raise UsageError(
+                f"{where}: {path} = {value!r} has no effect: a sample of kind {recipe.kind} has no such part",
+                f"leave {path} out",
+            )
+    if recipe.data.targets != "auto" and target_pattern(recipe) is None:
+        raise UsageError(
+            f"{where}: data.targets = {recipe.data.targets!r} has no effect: no objective reads a target",
+            "leave data.targets out, or add an objective: --set objectives.ctl.weight=1",
+        )
     if recipe.kind != "pairs" and recipe.student.head_width != "auto":
         raise UsageError(f"{where}: student.head_width is for pairs", "leave it out: layers_mse reads the blocks")
 
@@ -446,16 +486,21 @@ def _inputs(recipe: Recipe, cache: Cache) -> tuple[str, str, int]:
         name = _choose(
             cache, "data.inputs", wanted.inputs, CROPS, recipe, "--teacher <image network> --cut 0", "image inputs"
         )
-        return name, _crops_encoder(recipe, cache), wanted.cut
+        return name, _crops_encoder(recipe, cache), 0 if wanted.cut == "auto" else wanted.cut
     name = _choose(
         cache, "data.inputs", wanted.inputs, TOKENS, recipe, "--teacher <image network> --cut 0", "image inputs"
     )
     found = TOKENS.fullmatch(name)
-    if found is None:
-        raise UsageError(
-            f"recipe {recipe.name}: data.inputs = {name!r} holds no image inputs",
-            "give image/<encoder>@<cut>/tokens or image/crops-<size>",
-        )
+    assert found is not None  # _choose saw to it
+    for key, asked, own in (
+        ("encoder", wanted.encoder, found["network"]),
+        ("cut", wanted.cut, int(found["cut"])),
+    ):
+        if asked not in ("auto", own):
+            raise UsageError(
+                f"recipe {recipe.name}: data.{key} = {asked!r}, and the inputs {name} have {key} {own!r}",
+                f"leave data.{key} out, or choose inputs that have it with --set data.inputs=...",
+            )
     return name, found["network"], int(found["cut"])
 
 
@@ -489,6 +534,13 @@ def _choose(
                 f"recipe {recipe.name} reads {wanted}; the cache {cache.path} has {_listed(cache.fields)}",
                 f"make it: {command}",
             )
+        if not pattern.fullmatch(wanted):
+            patterns = (TOKENS, CROPS) if key == "data.inputs" else (pattern,)
+            fitting = sorted(name for name in cache.fields if any(p.fullmatch(name) for p in patterns))
+            raise UsageError(
+                f"recipe {recipe.name}: {key} = {wanted} is not {what} ({' or '.join(map(_shape_of, patterns))})",
+                f"choose one that fits: --set {key}={fitting[0]}" if fitting else f"make one: {command}",
+            )
         return wanted
     fitting = sorted(name for name in cache.fields if pattern.fullmatch(name))
     if len(fitting) == 1:
@@ -502,6 +554,11 @@ def _choose(
         f"recipe {recipe.name}: {len(fitting)} fields fit {key}: {', '.join(fitting)}",
         f"choose one: --set {key}={fitting[0]}",
     )
+
+
+def _shape_of(pattern: re.Pattern[str]) -> str:
+    """The names a pattern fits, for people: teacher/<network>/image/cls."""
+    return re.sub(r"\(\?P(<\w+>)[^)]*\)", r"\1", pattern.pattern)
 
 
 def extract_command(cache: Cache, split: str, flags: str) -> str:
@@ -548,8 +605,10 @@ def has_paired_captions(cache: Cache, split: str) -> bool:
     return int(images.null_count) < len(images)
 
 
-def choose_recipe(cache: Cache) -> tuple[str, str]:
+def choose_recipe(cache: Cache, overrides: Sequence[str] = ()) -> tuple[str, str]:
     """The shipped recipe that the cache's fields allow, and why, for people who name none.
+
+    overrides: those the recipe is to be loaded with; data.split among them says which split must have pairs.
 
     Raises UsageError when no recipe fits, naming what the cache has.
     """
@@ -566,7 +625,9 @@ def choose_recipe(cache: Cache) -> tuple[str, str]:
         }.items()
     }
     inputs = has["tokens"] or has["crops"]
-    pairs = inputs and has["ids"] and "train" in cache.splits and has_paired_captions(cache, "train")
+    splits = [text for path, _, text in (override.partition("=") for override in overrides) if path == "data.split"]
+    split = str(_override_value(splits[-1].strip())) if splits else DataRecipe.split
+    pairs = inputs and has["ids"] and split in cache.splits and has_paired_captions(cache, split)
     if pairs and has["cls"]:
         return "ssmke", "the cache has picture-caption pairs and a teacher's image CLS"
     if inputs and has["layers"]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from emkum.errors import NotARun, StorageFailure, UsageError
-from emkum.shards.durable import DurableFile, storage_errors, sync_dir, write_file
+from emkum.errors import AnotherWriter, NotARun, ResumeMismatch, StorageFailure, UsageError
+from emkum.shards.durable import DurableFile, make_dir, storage_errors, sync_dir, write_file
 from emkum.stage2_train.recipe import Recipe, recipe_from_table
 from emkum.stage2_train.student import Student, StudentSpec
 
 STUDENT_PREFIX = "student."  # of the student's tensors in a checkpoint
+INFO_KEYS = ("command", "continue", "recipe", "cache", "identity", "seed", "precision", "total_steps")
+COPY_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class RunFolder:
     @property
     def best(self) -> Path:
         return self.dir / "checkpoints" / "best.ckpt"
+
+    @property
+    def lock(self) -> Path:
+        return self.dir / ".lock"
 
     @property
     def weights(self) -> Path:
@@ -106,9 +114,15 @@ def read_info(folder: RunFolder) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise NotARun(f"{folder.info} is not JSON: {error}", "restore the folder, or train again") from error
-    if not isinstance(found, dict) or "recipe" not in found or "cache" not in found:
-        raise NotARun(f"{folder.info} is not of an emkum run", "give the folder that `emkum train` printed")
-    return found
+    lacking = [key for key in INFO_KEYS if key not in found] if isinstance(found, dict) else list(INFO_KEYS)
+    if lacking:
+        raise NotARun(
+            f"{folder.info} is not of an emkum run: it lacks {', '.join(lacking)}",
+            "give the folder that `emkum train` printed",
+        )
+    if not isinstance(found["cache"], dict) or not {"path", "uuid"} <= set(found["cache"]):
+        raise NotARun(f"{folder.info} does not name its cache", "restore the folder, or train again")
+    return dict(found)
 
 
 def write_info(folder: RunFolder, info: Mapping[str, Any]) -> None:
@@ -139,7 +153,10 @@ def _read_weights(folder: RunFolder) -> dict[str, Tensor]:
     try:
         return load(folder.weights.read_bytes())
     except (OSError, SafetensorError) as error:
-        raise NotARun(f"{folder.weights} cannot be read: {error}", "try --checkpoint last, or train again") from error
+        raise NotARun(
+            f"{folder.weights} cannot be read: {error}",
+            "restore it, or train again into a new folder",
+        ) from error
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------
@@ -152,16 +169,18 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     """
     buffer = io.BytesIO()
     torch.save(dict(checkpoint), buffer)
-    buffer.seek(0)
-    torch.load(buffer, map_location="cpu", weights_only=True)
-    with DurableFile(path) as file:
+    unproven = path.with_name(f".{path.name}.tmp")
+    with DurableFile(unproven) as file:
         file.write(buffer.getbuffer())
         file.commit()
-    written = path.stat().st_size
-    if written != buffer.getbuffer().nbytes:
-        raise StorageFailure(
-            f"{path} has {written} bytes after writing {buffer.getbuffer().nbytes}", "check the disk, then resume"
-        )
+    try:
+        torch.load(unproven, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        unproven.unlink(missing_ok=True)
+        raise StorageFailure(f"{path} cannot be read after writing: {error}", "check the disk, then resume") from error
+    with storage_errors(path):
+        os.replace(unproven, path)
+        sync_dir(path.parent)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -180,19 +199,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def copy_durably(source: Path, target: Path) -> None:
-    """`target` becomes another name of `source`'s contents; a hard link, as neither is ever changed in place."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    with storage_errors(target):
-        if target.exists() and target.samefile(source):  # renaming one link to the other would do nothing
-            return
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:  # a file system without hard links
-            write_file(target, source.read_bytes())
-            return
-        os.replace(temporary, target)
-        sync_dir(target.parent)
+    """`target` becomes a copy of `source`, whole or not at all. No link: damage to one would be damage to both."""
+    with storage_errors(target), source.open("rb") as origin, DurableFile(target) as file:
+        while chunk := origin.read(COPY_BYTES):
+            file.write(chunk)
+        file.commit()
 
 
 # --- metrics -----------------------------------------------------------------------------------------------------
@@ -202,18 +213,34 @@ class MetricsFile:
     """metrics.csv: a line for every few steps and for every validation, appended as they come.
 
     The columns are fixed at the start; a value that is not given is left empty. On resume the lines after the
-    checkpoint's step are cut off, so that the file reads as if the run had never stopped.
+    checkpoint's step are cut off, so that the file reads as if the run had never stopped; lines that cannot be read
+    are left out, and `say` is told. Raises ResumeMismatch where the file has other columns.
     """
 
-    def __init__(self, path: Path, columns: list[str], resume_step: int | None = None) -> None:
+    def __init__(
+        self, path: Path, columns: list[str], resume_step: int | None = None, say: Callable[[str], None] = print
+    ) -> None:
         self.path, self.columns = path, ["step", *columns]
-        header = ",".join(self.columns)
-        kept = [header]
+        kept = [",".join(self.columns)]
         if resume_step is not None and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            if lines and lines[0] == header:
-                kept += [line for line in lines[1:] if line and int(line.split(",", 1)[0]) <= resume_step]
+            kept += self._lines_until(resume_step, say)
         write_file(path, ("\n".join(kept) + "\n").encode())
+
+    def _lines_until(self, step: int, say: Callable[[str], None]) -> list[str]:
+        header, *lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        if header != ",".join(self.columns):
+            raise ResumeMismatch(
+                f"{self.path} has the columns {header or 'of an empty file'}; this run writes {','.join(self.columns)}",
+                f"move {self.path} away to go on with a new one",
+            )
+        kept = []
+        for number, line in enumerate(lines, start=2):
+            cells = line.split(",")
+            if len(cells) != len(self.columns) or not cells[0].isdecimal():
+                say(f"warning: line {number} of {self.path} cannot be read and is left out: {line[:40]!r}")
+            elif int(cells[0]) <= step:
+                kept.append(line)
+        return kept
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """One line. Raises StorageFailure."""
@@ -228,26 +255,72 @@ def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.8g}"
 
 
-# --- a new folder ------------------------------------------------------------------------------------------------
+# --- a folder for one session ------------------------------------------------------------------------------------
 
 
-def new_run_dir(wanted: Path | None, name: str) -> Path:
-    """The folder of a new run: the one asked for, or the first free of runs/<name>, runs/<name>-2, ...
-
-    Raises UsageError when the one asked for holds a run already.
-    """
-    if wanted is None:
-        number = 1
-        while True:
-            folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-            if not folder.exists():
-                return folder
-            number += 1
-    if RunFolder(wanted).info.exists():
+def refuse_used_dir(wanted: Path | None) -> None:
+    """Raise UsageError when the folder asked for holds a run already."""
+    if wanted is not None and RunFolder(wanted).info.exists():
         raise UsageError(
             f"{wanted} holds a run already", f"continue it with --resume --run-dir {wanted}, or name another folder"
         )
-    return wanted
+
+
+@contextlib.contextmanager
+def new_run(wanted: Path | None, name: str) -> Iterator[RunFolder]:
+    """The folder of a new run, held by this process: the one asked for, or the first free of runs/<name>[-2, ...].
+
+    A folder made here in which no run began is taken away again.
+    Raises UsageError when the one asked for holds a run already, AnotherWriter when it is in use.
+    """
+    made = True
+    if wanted is None:
+        folder = RunFolder(_next_free(Path("runs"), name))
+    else:
+        folder, made = RunFolder(wanted), not wanted.exists()
+        with storage_errors(wanted):
+            make_dir(wanted)
+    with held(folder):
+        refuse_used_dir(wanted)
+        try:
+            yield folder
+        finally:
+            if not folder.info.exists():
+                folder.lock.unlink(missing_ok=True)
+                if made:
+                    with contextlib.suppress(OSError):  # it holds something after all
+                        folder.dir.rmdir()
+
+
+def _next_free(parent: Path, name: str) -> Path:
+    """Creates the first of parent/name, parent/name-2, ... that does not exist: two that ask at once get two."""
+    with storage_errors(parent):
+        make_dir(parent)
+        number = 1
+        while True:
+            path = parent / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                number += 1
+
+
+@contextlib.contextmanager
+def held(folder: RunFolder) -> Iterator[None]:
+    """Nobody else trains in the folder meanwhile; the lock goes with the process. Raises AnotherWriter."""
+    with storage_errors(folder.lock):
+        handle = os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise AnotherWriter(
+                f"another process is training in {folder.dir}", "wait for it or stop it, or name another --run-dir"
+            ) from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def git_revision() -> str | None:

@@ -95,13 +95,12 @@ def _stack_from(found: dict[str, Any] | None) -> StackSpec | None:
 class StudentOut:
     """What the student makes of a batch of pictures or texts.
 
-    features_BD: for retrieval and contrast, not normalised. cls_BD: the first token after the last block (and final
-    norm). hidden: the tokens after every block of the student, shared ones included; where features are pooled from
-    CLS and nothing else is read, the last block hands out CLS alone, [B, 1, D].
+    features_BD: for retrieval and contrast, float32, not normalised. hidden: the tokens after every block of the
+    student, shared ones included; where features are pooled from CLS and nothing else is read, the last block hands
+    out CLS alone, [B, 1, D].
     """
 
     features_BD: Tensor
-    cls_BD: Tensor
     hidden: list[Tensor]
 
 
@@ -120,12 +119,6 @@ class Student(nn.Module):
         self.shared_blocks = BlockStack(spec.shared) if spec.shared else None
         self.norm = nn.LayerNorm(spec.width, eps=1e-6) if spec.head_width is not None else None
         self.head = nn.Linear(spec.width, spec.head_width) if spec.head_width is not None else None
-
-    @property
-    def input_cut(self) -> int:
-        """The depth of the frozen encoder at which pictures come in."""
-        assert self.spec.image is not None
-        return self.spec.image.cut
 
     @property
     def image_encoder(self) -> str | None:
@@ -150,7 +143,7 @@ class Student(nn.Module):
         hidden = [] if self.image_blocks is None else self.image_blocks(tokens_BTD, grid=grid, queries=early)
         last_BTD = self._through_shared(hidden[-1] if hidden else tokens_BTD, None, 0, hidden, queries)
         pooled_BD = last_BTD[:, 0] if side.pooling == "cls" else last_BTD[:, side.num_prefix :].mean(dim=1)
-        return self._out(pooled_BD, last_BTD, hidden)
+        return self._out(pooled_BD, hidden)
 
     def encode_texts(self, ids_BL: Tensor, mask_BL: Tensor) -> StudentOut:
         """Token ids, int64, and which of them are real, bool -> features. Pads change nothing."""
@@ -163,10 +156,10 @@ class Student(nn.Module):
         hidden = [] if self.text_blocks is None else self.text_blocks(tokens_BLD, mask_BL, queries=early)
         tokens_BLD = hidden[-1] if hidden else tokens_BLD
         if self.text_projection is not None:
-            tokens_BLD = self.text_projection(tokens_BLD)
+            tokens_BLD = self.text_projection(tokens_BLD).float()  # the residual stream, not rounded
         last_BLD = self._through_shared(tokens_BLD, mask_BL, 1, hidden, queries)
         pooled_BD = last_BLD[:, 0] if side.pooling == "cls" else masked_mean(last_BLD, mask_BL)
-        return self._out(pooled_BD, last_BLD, hidden)
+        return self._out(pooled_BD, hidden)
 
     def _queries(self, side: ImageSide | TextSide) -> int | None:
         """Tokens needed of the last block: CLS alone where features are pooled from it, else all (None).
@@ -189,11 +182,18 @@ class Student(nn.Module):
         if self.shared_blocks is not None:
             hidden += self.shared_blocks(tokens_BTD, mask_BT, queries=queries)
             tokens_BTD = hidden[-1]
-        return tokens_BTD if self.norm is None else self.norm(tokens_BTD)
+        if self.norm is None:
+            return tokens_BTD
+        with torch.autocast(tokens_BTD.device.type, enabled=False):
+            normed_BTD: Tensor = self.norm(tokens_BTD.float())
+        return normed_BTD
 
-    def _out(self, pooled_BD: Tensor, last_BTD: Tensor, hidden: list[Tensor]) -> StudentOut:
-        features_BD = pooled_BD if self.head is None else self.head(pooled_BD)
-        return StudentOut(features_BD, last_BTD[:, 0], hidden)
+    def _out(self, pooled_BD: Tensor, hidden: list[Tensor]) -> StudentOut:
+        features_BD = pooled_BD.float()
+        if self.head is not None:
+            with torch.autocast(features_BD.device.type, enabled=False):
+                features_BD = self.head(features_BD)
+        return StudentOut(features_BD, hidden)
 
     def checkpoint_activations(self, wanted: bool) -> None:
         """Recompute activations in the backward pass: less memory, a third more time, the same numbers."""
@@ -323,15 +323,23 @@ def student_spec(
     shared = _shared_spec(recipe, width)
     trained_blocks = shared or (image and image.stack) or (text and text.stack)
     if not trained_blocks:
+        asked = f"cut {names.cut}, image_blocks {wanted.image_blocks!r}"
+        if recipe.kind != "images":
+            asked = f"text_blocks {wanted.text_blocks!r}" + (f", {asked}" if recipe.kind == "pairs" else "")
         raise UsageError(
-            f"recipe {recipe.name}: a student without a block (cut {names.cut}, image_blocks "
-            f"{wanted.image_blocks!r}, shared_blocks 0)",
-            "ask for some: --set student.image_blocks=6",
+            f"recipe {recipe.name}: a student without a block ({asked}, shared_blocks 0)",
+            f"ask for some: --set student.{'text' if recipe.kind == 'texts' else 'image'}_blocks=all",
         )
     _check_frozen(recipe, image, text)
     head_width = None
     if recipe.kind == "pairs":
         head_width = (target_width or width) if wanted.head_width == "auto" else wanted.head_width
+        if target_width and head_width != target_width:
+            raise UsageError(
+                f"student.head_width = {head_width}: the target {names.targets} has {target_width} channels, and "
+                "features are compared with it",
+                f"leave student.head_width out, or set it to {target_width}",
+            )
     return StudentSpec(image, text, width, shared, wanted.token_types, head_width)
 
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from emkum.errors import StorageFailure
-from emkum.shards.durable import write_file
+from emkum.shards.durable import sweep_temporaries
 from emkum.stage2_train.keeper import DurableCheckpoints, RunKeeper, RunResult, result_of
 from emkum.stage2_train.loader import Batch, BatchLoader, HostBatch
 from emkum.stage2_train.losses import Journal, autocast, step_losses
 from emkum.stage2_train.optimiser import parameter_groups, rate
 from emkum.stage2_train.plan import Plan, Say, TrainConfig, make_plan, run_info, run_summary
 from emkum.stage2_train.resume import check_same_run, resume_point
-from emkum.stage2_train.run_folder import RunFolder, new_run_dir, read_info, write_info
+from emkum.stage2_train.run_folder import RunFolder, held, new_run, read_info, refuse_used_dir, write_info
 from emkum.stage2_train.validation import make_validator
 
 __all__ = ["RunResult", "TrainConfig", "train"]
@@ -37,14 +37,27 @@ def train(config: TrainConfig, say: Say = print) -> RunResult:
     """Train the recipe's student from the cache. `say` receives one line a step of the run.
 
     Raises the errors of emkum.errors: UnknownRecipe, MissingField, MissingCaptions, IncompleteCache, NotARun,
-    ResumeMismatch, StorageFailure; Interrupted after SIGINT or SIGTERM, when a checkpoint has been written.
+    ResumeMismatch, AnotherWriter, StorageFailure; Interrupted after SIGINT or SIGTERM, when a checkpoint has been
+    written.
     """
-    before = read_info(RunFolder(config.run_dir)) if config.resume and config.run_dir else None
-    plan = make_plan(config, before)
-    if before is not None:
+    if not config.resume or config.run_dir is None:
+        refuse_used_dir(config.run_dir)  # before the work that making a plan is
+        plan = make_plan(config, None)
+        with new_run(config.run_dir, plan.recipe.name) as folder:
+            return _session(plan, folder, None, say)
+    folder = RunFolder(config.run_dir)
+    read_info(folder)  # nothing is written where no run is
+    with held(folder):
+        before = read_info(folder)
+        sweep_temporaries(folder.dir, 0)
+        plan = make_plan(config, before)
         check_same_run(before, plan.identity, config)
-    dir_path = config.run_dir if before is not None else new_run_dir(config.run_dir, plan.recipe.name)
-    folder = RunFolder(dir_path or Path())
+        return _session(plan, folder, before, say)
+
+
+def _session(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, say: Say) -> RunResult:
+    """From a plan and a folder that is ours to the end of the run; `before`: run.json of the run that goes on."""
+    config = plan.config
     point = resume_point(folder, before, say)
     validator = make_validator(
         plan.student,
@@ -57,7 +70,7 @@ def train(config: TrainConfig, say: Say = print) -> RunResult:
         allow_partial=config.allow_partial,
         threads=config.threads,
     )
-    info = run_info(plan, folder)
+    info = run_info(plan, folder, before, point.step if point else 0)
     for line in run_summary(plan, info, validator):
         say(line)
     if point is not None and point.step == len(plan.order):
@@ -66,7 +79,6 @@ def train(config: TrainConfig, say: Say = print) -> RunResult:
         write_info(folder, info)
         return result_of(folder, info)
 
-    write_file(folder.recipe, f"# As run; run.json says how.\n\n{plan.recipe.to_toml()}".encode())
     loader = BatchLoader(
         plan.order, plan.source, threads=config.threads, prefetch=config.prefetch, pin=plan.device.type == "cuda"
     )
@@ -113,6 +125,16 @@ class Distillation(LightningModule):
             losses = step_losses(self.student, self.terms, self.recipe, batch)
         self.journal.add({"loss": losses.total, **losses.parts})
         return losses.total
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: torch.optim.Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.terms.clamp_scales()
 
     def configure_optimizers(self) -> Any:
         optimiser = torch.optim.AdamW(

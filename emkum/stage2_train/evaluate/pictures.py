@@ -25,7 +25,7 @@ from emkum.stage2_train.evaluate.retrieval import SCORES_PER_CHUNK, as_groups, b
 
 KS = (1, 3)
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
-CENTRE = ViewPolicy(crop=(1.0, 1.0), ratio=(1.0, 1.0), flip=False, jitter=0.0, seed=0)
+CENTRE = ViewPolicy(crop=(1.0, 1.0))
 SHAPES = "an npz holds x_train, x_test: uint8 [n, height, width, 3], and y_train, y_test: whole numbers [n]"
 
 
@@ -49,6 +49,7 @@ class LabelledPictures:
     bank: Pictures  # "train"
     queries: Pictures  # "test"
     num_classes: int
+    source: str = ""  # where they lie, for messages and results
 
 
 def label_retrieval(
@@ -131,7 +132,8 @@ def _read_npz(path: Path) -> LabelledPictures:
     for key, pictures, labels in (("train", x_train, y_train), ("test", x_test, y_test)):
         _check_shapes(path, key, pictures, labels)
     num_classes = len(np.union1d(y_train, y_test))
-    return LabelledPictures(path.stem, _array_pictures(x_train, y_train), _array_pictures(x_test, y_test), num_classes)
+    bank, queries = _array_pictures(x_train, y_train), _array_pictures(x_test, y_test)
+    return LabelledPictures(path.stem, bank, queries, num_classes, str(path))
 
 
 def _check_shapes(path: Path, part: str, pictures: np.ndarray, labels: np.ndarray) -> None:
@@ -161,8 +163,11 @@ def _read_tars(bank: str, queries: str) -> LabelledPictures:
     # Labels are texts in a tar; the numbers stand for the sorted texts of both parts.
     names = sorted({str(sample.label) for part in parts for _, sample in part})
     number = {name: index for index, name in enumerate(names)}
-    pictures = [_tar_pictures(part, number) for part in parts]
-    return LabelledPictures(Path(bank).stem, pictures[0], pictures[1], len(names))
+    pictures = [
+        tar_pictures(part, np.array([number[str(sample.label)] for _, sample in part], dtype=np.int64))
+        for part in parts
+    ]
+    return LabelledPictures(Path(bank).stem, pictures[0], pictures[1], len(names), f"{bank} and {queries}")
 
 
 def _labelled_samples(pattern: str) -> list[tuple[str, SourceSample]]:
@@ -180,12 +185,13 @@ def _labelled_samples(pattern: str) -> list[tuple[str, SourceSample]]:
     return samples
 
 
-def _tar_pictures(samples: Sequence[tuple[str, SourceSample]], number: dict[str, int]) -> Pictures:
+def tar_pictures(samples: Sequence[tuple[str, SourceSample]], labels: np.ndarray) -> Pictures:
+    """The centre squares of samples with a picture, (path of the tar, sample) each."""
+
     def crop(index: int, size: int) -> np.ndarray:
         path, sample = samples[index]
         assert sample.picture is not None
         data = read_member(path, sample.picture.offset, sample.picture.size)
         return decode_view(data, size, lambda width, height: box_for(CENTRE, "", sample.key, 0, width, height))[0]
 
-    labels = np.array([number[str(sample.label)] for _, sample in samples], dtype=np.int64)
-    return Pictures(labels, crop, [f"{os.path.basename(path)} {sample.key}" for path, sample in samples])
+    return Pictures(labels, crop, [f"{os.path.basename(path)}/{sample.key}" for path, sample in samples])

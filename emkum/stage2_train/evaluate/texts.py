@@ -44,6 +44,7 @@ class TextPairs:
     a: tuple[str, ...]
     b: tuple[str, ...]
     num_broken: int = 0  # lines left out, see MAX_BROKEN
+    source: str = ""  # the file, for messages and results
 
     def __len__(self) -> int:
         return len(self.a)
@@ -62,7 +63,7 @@ def read_text_pairs(path: str | os.PathLike[str], max_pairs: int = MAX_PAIRS) ->
     if not pairs:
         raise InputDataError(f"{path} holds no positive pair", "pairs with a 1 in the label column are used")
     a, b = zip(*pairs, strict=True)
-    return TextPairs(path.stem, a, b, num_broken)
+    return TextPairs(path.stem, a, b, num_broken, str(path))
 
 
 def text_pair_retrieval(

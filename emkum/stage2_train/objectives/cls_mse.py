@@ -32,5 +32,6 @@ def cls_mse(images_BD: Tensor, texts_BD: Tensor, targets_BD: Tensor) -> Regressi
 
 
 def _mse(student_BD: Tensor, targets_BD: Tensor) -> Tensor:
+    assert student_BD.shape == targets_BD.shape, (student_BD.shape, targets_BD.shape)  # no broadcasting
     exact = student_BD if student_BD.dtype == torch.float64 else student_BD.float()
     return (exact - targets_BD.to(exact.dtype)).square().mean()

@@ -31,6 +31,12 @@ def start_log_scale(temperature: float) -> float:
     return min(math.log(1.0 / temperature), MAX_LOG_SCALE)
 
 
+@torch.no_grad()
+def clamp_log_scale(log_scale: Tensor) -> None:
+    """Take a learned log-scale back to ln 100, in place: past it the loss has no gradient to bring it back."""
+    log_scale.clamp_(max=MAX_LOG_SCALE)
+
+
 def unit(vectors: Tensor) -> Tensor:
     """d(x) = x/|x| along the last axis, in float32 (float64 stays)."""
     exact = vectors if vectors.dtype == torch.float64 else vectors.float()

@@ -1,0 +1,45 @@
+"""How far students are from the teacher's targets, token by token.
+
+B batch, T tokens, L text tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from tqdm import tqdm
+
+from emkum.stage2_train.evaluate.encode import quiet
+from emkum.stage2_train.loader import BatchLoader, BatchSource, Order
+from emkum.stage2_train.losses import autocast, token_losses
+from emkum.stage2_train.recipe import Recipe
+from emkum.stage2_train.student import Student
+
+
+@torch.no_grad()
+def token_distances(
+    students: Mapping[str, Student],
+    recipe: Recipe,
+    order: Order,
+    source: BatchSource,
+    compute: str,
+    device: torch.device,
+    *,
+    threads: int = 2,
+    progress: bool | None = False,
+) -> dict[str, float]:
+    """`layers_mse` of each student over every real token of the order's rows, whatever the batches are."""
+    totals = {name: torch.zeros((), device=device) for name in students}
+    tokens = torch.zeros((), device=device)
+    loader = BatchLoader(order, source, threads=threads, pin=device.type == "cuda")
+    for host in tqdm(loader, "distillation", unit="batch", disable=quiet(progress), leave=False):
+        # Outside of autocast, as in training: a frozen prefix has a precision of its own.
+        batch = source.prepare(host, device)
+        assert batch.targets is not None
+        count = batch.mask_BL.sum() if batch.mask_BL is not None else batch.targets.shape[0] * batch.targets.shape[1]
+        for name, student in students.items():
+            with autocast(compute, device):
+                totals[name] += token_losses(student, recipe, batch).parts["layers_mse"] * count
+        tokens += count
+    return {name: float(total / tokens) for name, total in totals.items()}
