@@ -6,11 +6,13 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
+from emkum import __version__
 from emkum.errors import EmkumError, Interrupted, StorageFailure, UsageError
 
 app = typer.Typer(
@@ -28,6 +30,22 @@ cache_app = typer.Typer(help="Look at a cache.", no_args_is_help=True, rich_mark
 app.add_typer(cache_app, name="cache")
 
 MANY = ("--data", "--teacher", "--set", "--images", "--texts")  # options that take every word up to the next option
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"emkum {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
 
 CacheOption = Annotated[Path, typer.Option("--cache", help="Folder of the cache.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, everything else to stderr.")]
@@ -129,10 +147,10 @@ def extract(
 
         emkum extract --teacher dinov2-s --data ./data --split train
     """
-    from emkum.stage1_extract.extract import extract as run
+    from emkum.stage1_extract.extract import extract as run_extract
     from emkum.stage1_extract.plan import ExtractConfig
 
-    run(
+    run_extract(
         ExtractConfig(
             teacher=tuple(teacher),
             data=tuple(data or ["./data"]),
@@ -218,9 +236,9 @@ def train(
 ) -> None:
     """Train a student from a cache alone. Example: emkum train --cache ./shards --recipe ssmke"""
     from emkum.stage2_train.train import TrainConfig
-    from emkum.stage2_train.train import train as run
+    from emkum.stage2_train.train import train as run_train
 
-    run(
+    run_train(
         TrainConfig(
             cache=cache,
             recipe=recipe,
@@ -367,7 +385,9 @@ def teachers(as_json: JsonOption = False) -> None:
         print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1))
         return
     rows = [("name", "reads", "supervision", "licence", "source")]
-    rows += [(e.name, e.modality, e.supervision, e.licence, e.source) for e in entries]
+    for e in entries:
+        package = f"PyPI: {e.package.requirement}" if e.package else ""
+        rows.append((e.name, e.modality, e.supervision, e.licence, ", else ".join(filter(None, (package, e.source)))))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -423,41 +443,53 @@ def _spread(arguments: list[str]) -> list[str]:
 def _interrupt(number: int, frame: Any) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second signal ends at once; nothing committed is at risk
     raise Interrupted(
-        f"stopped by {signal.Signals(number).name}; every finished block is kept", "the same command continues"
+        f"stopped by {signal.Signals(number).name}; what was committed is kept", "the same command continues"
     )
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line and returns its exit code; every failure ends in one line on stderr."""
+    try:
+        app(args=_spread(arguments), standalone_mode=False)
+    except EmkumError as error:
+        return _fail(error.line(), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("Interrupted: what was committed is kept | the same command continues", Interrupted.exit_code)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(f"StorageFailure: {error} | check the path and its permissions", StorageFailure.exit_code)
+    except Exception as error:
+        kind = type(error).__name__
+        if kind == "OutOfMemoryError":
+            way_out = "extract: a smaller --batch-size; train: --set training.batch=N or --activation-checkpointing"
+            return _fail(f"OutOfMemory: {str(error).splitlines()[0]} | {way_out}", UsageError.exit_code)
+        if hasattr(error, "format_message"):  # Typer's own: a mistyped option, a missing argument
+            if kind == "NoArgsIsHelpError":
+                print(error.format_message())
+                return UsageError.exit_code
+            return _fail(f"{error.format_message()} | see --help", UsageError.exit_code)
+        traceback.print_exc()
+        return _fail(f"Bug: {kind}: {' '.join(str(error).split())} | please report it with the lines above", 1)
+    return 0
+
+
+def _fail(line: str, code: int) -> int:
+    print(f"emkum: {line}", file=sys.stderr)
+    return code
 
 
 def main() -> None:
     """Entry point of the `emkum` command."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    try:
-        app(args=_spread(sys.argv[1:]), standalone_mode=False)
-    except EmkumError as error:
-        print(f"emkum: {error.line()}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("emkum: Interrupted: what was committed is kept | the same command continues", file=sys.stderr)
-        sys.exit(Interrupted.exit_code)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        print(f"emkum: StorageFailure: {error} | check the path and its permissions", file=sys.stderr)
-        sys.exit(StorageFailure.exit_code)
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            print(f"emkum: OutOfMemory: {str(error).splitlines()[0]} | use a smaller batch", file=sys.stderr)
-            sys.exit(UsageError.exit_code)
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message())  # type: ignore[attr-defined]  # Typer's own click
-            sys.exit(2)
-        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-            print(f"emkum: {error.format_message()} | see --help", file=sys.stderr)
-            sys.exit(2)
-        raise
+    code = run(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of C++ libraries may abort the process while Python tears itself down
 
 
 if __name__ == "__main__":

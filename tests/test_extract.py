@@ -336,7 +336,7 @@ def test_sigint_ends_with_75_and_the_same_command_finishes(config: ExtractConfig
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 75, stderr
     last = stderr.strip().splitlines()[-1]
-    assert last == ("emkum: Interrupted: stopped by SIGINT; every finished block is kept | the same command continues")
+    assert last == ("emkum: Interrupted: stopped by SIGINT; what was committed is kept | the same command continues")
     assert "Traceback" not in stderr
     assert not list(config.cache.rglob("*.tmp"))
     done = subprocess.run(command, capture_output=True, text=True)

@@ -29,10 +29,22 @@ def describe(cache: Cache) -> dict[str, Any]:
         "rows_per_block": cache.rows_per_block,
         "splits": splits,
         "fields": fields,
+        "quarantined": _quarantined(cache),
         "models": cache.models,
         "bytes": sum(field["bytes"] for field in fields.values()),
         "complete": not any(field["missing_blocks"] for field in fields.values()),
     }
+
+
+def _quarantined(cache: Cache) -> list[dict[str, str]]:
+    """The samples left out of any field, each once, with the reason."""
+    found = {
+        (q.tar, q.key): q.reason
+        for field in cache.fields.values()
+        for receipt in field.receipts.values()
+        for q in receipt.quarantined
+    }
+    return [{"tar": tar, "key": key, "reason": reason} for (tar, key), reason in sorted(found.items())]
 
 
 def _describe_field(cache: Cache, field: Field) -> dict[str, Any]:
@@ -91,9 +103,12 @@ def table(description: dict[str, Any]) -> str:
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    for name, field in description["fields"].items():
-        for reason, count in field["quarantined"].items():
-            lines.append(f"quarantined in {name}: {count} x {reason}")
+    quarantined = description["quarantined"]
+    lines += [f"quarantined {q['tar']}/{q['key']}: {q['reason']}" for q in quarantined[:10]]
+    if len(quarantined) > 10:
+        lines.append(f"and {len(quarantined) - 10} more: --json lists all")
+    if description["splits"] and not description["fields"]:
+        lines.append("nothing was extracted yet: run the `emkum extract` command again")
     lines.append(f"networks kept: {', '.join(description['models']) or 'none'}")
     if not description["complete"]:
         lines.append("incomplete: the `emkum extract` command of the split finishes it")

@@ -120,13 +120,20 @@ class FieldSpec:
     def array(self, name: str) -> ArraySpec:
         return next(array for array in self.arrays if array.name == name)
 
-    @property
-    def bytes_per_row(self) -> int:
-        """Bytes on disk of one full row of one view, checksums and index included, padding text included."""
+    def block_bytes(self, rows: int, rows_per_block: int, tiles_per_row: int | None = None) -> int:
+        """Bytes on disk of one block of one view that holds `rows` rows, checksums, index and padding included.
+
+        tiles_per_row: of ragged text, how many tiles a row fills; None: all.
+        """
         total = 0
         for array in self.arrays:
-            if array.per_row:
-                total += array.row_bytes + (array.tiles * (4 + 16) if array.inner else 0)
+            if not array.per_row:
+                continue
+            if array.inner is None:
+                total += rows_per_block * array.row_bytes + 4
+            else:
+                tiles = array.tiles if tiles_per_row is None else tiles_per_row
+                total += rows * tiles * (array.inner_bytes + 4) + rows_per_block * array.tiles * 16 + 4
         return total
 
 

@@ -69,7 +69,7 @@ def read_root(path: Path) -> tuple[str, int]:
     if ours["format"] > FORMAT:
         raise NewerFormat(
             f"{path} has cache format {ours['format']}; this emkum reads up to {FORMAT}",
-            "pip install --upgrade emkum",
+            "use the newer emkum that wrote it: pip install --upgrade emkum",
         )
     try:
         return str(ours["uuid"]), int(ours["rows_per_block"])

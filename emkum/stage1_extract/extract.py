@@ -88,6 +88,8 @@ def _run(config: ExtractConfig, say: Say, held: contextlib.ExitStack) -> Extract
     )
     for line in _conservation(plan, bad) + _summary(result):
         say(line)
+    if config.split == "train":
+        say(f"next: emkum train --cache {config.cache}")
     return result
 
 
@@ -464,7 +466,7 @@ class _Quarantine:
         numbers = {segment.number for segment in plan.segments}
         self._rows = {(q.tar, q.key) for r in receipts if r.segment in numbers for q in r.quarantined}
         self._before = len(self._rows)
-        self._examples: list[str] = []
+        self.examples: list[str] = []
 
     @property
     def total(self) -> int:
@@ -479,14 +481,16 @@ class _Quarantine:
         bad = [row for row in batch.rows if row.crop is None]
         if not bad:
             return
-        self._examples += [f"{row.picture.name}: {row.reason}" for row in bad]
+        self.examples += [f"{row.picture.name}: {row.reason}" for row in bad]
         self._rows |= {(row.picture.tar, row.picture.key) for row in bad}
         allowed = self._config.max_bad * self._total
         if len(self._rows) > allowed:
             raise TooManyBadSamples(
                 f"{len(self._rows)} of {self._total} pictures cannot be used, --max-bad {self._config.max_bad:g} "
-                f"allows {int(allowed)}; the first: " + "; ".join(self._examples[:3]),
-                f"look at these files, or allow more: --max-bad {min(1.0, len(self._rows) / self._total * 2):.2g}",
+                f"allows {int(allowed)}; the first: " + "; ".join(self.examples[:3]),
+                "mend these files and write to a new folder with --cache (no block with them was committed), "
+                "or allow more: "
+                f"--max-bad {min(1.0, len(self._rows) / self._total * 2):.2g}",
             )
 
 
@@ -544,6 +548,9 @@ def _contents_line(plan: Plan) -> str:
         notes.append(f"{plan.filtered} samples with neither picture nor caption left out")
     if plan.duplicate_keys:
         notes.append(f"{plan.duplicate_keys} keys appear in several tars (identity is tar and key)")
+    both = {f.wanted.network for f in plan.fields.values() if f.wanted and f.wanted.what == "tokens"}
+    both &= {f.wanted.network for f in plan.fields.values() if f.wanted and f.wanted.what != "tokens"}
+    notes += [f"{name} is encoder and teacher: one pass" for name in sorted(both)]
     shared = plan.image_pass.shared_blocks if plan.image_pass else {}
     notes += [f"{name} reuses the first {n} blocks of {other}" for name, (other, n) in shared.items()]
     text = f"split {plan.config.split}: {pictures:,} pictures and {captions:,} captions in {tars} tars"
@@ -556,7 +563,7 @@ def _bill(plan: Plan) -> list[str]:
     for name, field in plan.fields.items():
         rows = sum(task.rows for task in plan.tasks if name in task.fields)
         if rows:
-            size = rows * field.spec.bytes_per_row
+            size = plan.field_bytes(name)
             bound = "at most " if field.spec.kind == "ragged" else ""
             lines.append(f"  {name}: {rows:,} rows, {bound}{readable_bytes(size)} as {field.spec.storage}")
     seconds = _expected_seconds(plan)
@@ -594,7 +601,8 @@ def _conservation(plan: Plan, bad: _Quarantine) -> list[str]:
         return []
     seen = pictures + plan.filtered
     return [
-        f"seen {seen:,} = {pictures - bad.total:,} ok + {bad.total} quarantined + {plan.filtered} filtered (pictures)"
+        *(f"quarantined {example}" for example in bad.examples[:3]),
+        f"seen {seen:,} = {pictures - bad.total:,} ok + {bad.total} quarantined + {plan.filtered} filtered (pictures)",
     ]
 
 

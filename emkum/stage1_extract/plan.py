@@ -160,7 +160,12 @@ class Plan:
     @property
     def num_bytes(self) -> int:
         """Bytes the missing blocks will take at most (ragged text counted in full)."""
-        return sum(task.rows * self.fields[name].spec.bytes_per_row for task in self.tasks for name in task.fields)
+        return sum(self.field_bytes(name) for name in self.fields)
+
+    def field_bytes(self, name: str, tiles_per_row: int | None = None) -> int:
+        """Bytes of a field's missing blocks; see FieldSpec.block_bytes."""
+        size, spec = self.writer.rows_per_block, self.fields[name].spec
+        return sum(spec.block_bytes(task.rows, size, tiles_per_row) for task in self.tasks if name in task.fields)
 
 
 def make_plan(config: ExtractConfig, held: ExitStack) -> Plan:
@@ -315,7 +320,8 @@ def _default_text_encoder() -> Network:
         raise WeightsUnavailable(
             f"the data has captions, and their text encoder, by default {DEFAULT_TEXT_ENCODER}, is not to be had: "
             + error.what,
-            f"{error.way_out}; or choose another, for example --text-encoder minilm, or --text-encoder none",
+            f"{error.way_out.replace('--teacher', '--text-encoder')}; or choose another, for example "
+            "--text-encoder minilm, or --text-encoder none",
         ) from error
 
 
@@ -327,6 +333,13 @@ def _keep_networks(cache: Path, networks: _Networks) -> None:
         folder = Path(cache) / model_dir(network.name)
         record = folder / "model.json"
         if not record.exists():
+            needed = sum(tensor.numel() * 4 for tensor in network.backbone.state_dict().values())
+            free = shutil.disk_usage(cache).free
+            if needed > free:
+                raise StorageFailure(
+                    f"{cache} keeps the network {network.name} in {needed:,} bytes, {free:,} are free",
+                    f"free {needed - free:,} bytes more, or write to another folder with --cache",
+                )
             save_network(network, folder)
             continue
         try:
@@ -598,12 +611,7 @@ def _tasks(
 
 def _require_room(plan: Plan) -> None:
     """Raises StorageFailure if what is sure to be written does not fit; ragged text counts one tile a caption."""
-    needed = 0
-    for task in plan.tasks:
-        for name in task.fields:
-            spec = plan.fields[name].spec
-            share = TEXT_TILE / spec.row_shape[0] if spec.kind == "ragged" else 1.0
-            needed += int(task.rows * spec.bytes_per_row * share)
+    needed = sum(plan.field_bytes(name, 1 if f.spec.kind == "ragged" else None) for name, f in plan.fields.items())
     free = shutil.disk_usage(plan.config.cache).free
     if needed > free:
         raise StorageFailure(

@@ -298,7 +298,8 @@ class RunKeeper(Callback):
             f"{result.score_name} {result.score:.4g} at step {result.best_step}: " if result.score is not None else ""
         )
         self.say(f"{best}{self.folder.weights}")
-        self.say(f"next: emkum evaluate {self.folder.dir} --cache {self.config.cache}")
+        split = "" if self.validator is not None else f" --split {self.recipe.data.split}"
+        self.say(f"next: emkum evaluate {self.folder.dir} --cache {self.config.cache}{split}")
         return result
 
 
