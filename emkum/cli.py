@@ -13,7 +13,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from emkum import __version__
-from emkum.errors import EmkumError, Interrupted, StorageFailure, UsageError
+from emkum.errors import CorruptCache, EmkumError, Interrupted, StorageFailure, UsageError
 
 app = typer.Typer(
     name="emkum",
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-cache_app = typer.Typer(help="Look at a cache.", no_args_is_help=True, rich_markup_mode=None)
+cache_app = typer.Typer(help="Look at a cache, check it, repair it.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
 
 MANY = ("--data", "--teacher", "--set", "--images", "--texts")  # options that take every word up to the next option
@@ -47,7 +47,12 @@ def _options(
     pass
 
 
-CacheOption = Annotated[Path, typer.Option("--cache", help="Folder of the cache.")]
+CacheOption = Annotated[
+    str, typer.Option("--cache", help="Folder of the cache, or its URL in an object store (s3://bucket/folder).")
+]
+CacheArgument = Annotated[
+    str, typer.Argument(help="Folder of the cache, or its URL in an object store (s3://bucket/folder).")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, everything else to stderr.")]
 
 
@@ -64,7 +69,7 @@ def extract(
         Optional[list[str]],  # noqa: UP045 (Typer reads it)
         typer.Option(help="WebDataset tars: files, folders, globs or {000..012} patterns. Default: ./data"),
     ] = None,
-    cache: CacheOption = Path("./shards"),
+    cache: CacheOption = "./shards",
     split: Annotated[str, typer.Option(help="What these tars are for: train, val, test or a name of yours.")] = "train",
     encoder: Annotated[
         Optional[str],  # noqa: UP045
@@ -139,6 +144,39 @@ def extract(
     max_bad: Annotated[
         float, typer.Option(help="Share of pictures that may be unusable before the run stops.")
     ] = 0.001,
+    on_nonfinite: Annotated[
+        str,
+        typer.Option(
+            help="What to do with a sample for which a network gives inf, NaN or a number the storage cannot hold: "
+            "stop, or quarantine it (it counts against --max-bad)."
+        ),
+    ] = "stop",
+    on_truncated: Annotated[
+        str,
+        typer.Option(
+            help="What to do with a tar that ends too early: error, or keep-complete, which keeps the samples that "
+            "are surely whole and records the loss."
+        ),
+    ] = "error",
+    allow_missing_eof: Annotated[
+        bool,
+        typer.Option("--allow-missing-eof", help="Accept tars that are whole but for their end-of-archive marker."),
+    ] = False,
+    join: Annotated[
+        bool,
+        typer.Option("--join", help="Work beside other extract commands on the same cache, each on blocks of its own."),
+    ] = False,
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Share the work among so many processes on this machine, one a GPU. Default: no others."),
+    ] = None,
+    scheduler: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Share the work among the workers of a running Dask cluster (tcp://host:8786). They need emkum, the "
+            "tars and the cache at the same paths."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu. Default: cuda if there is one.")] = "auto",
 ) -> None:
     """Run a frozen teacher once over your tars and keep its targets.
@@ -154,7 +192,7 @@ def extract(
         ExtractConfig(
             teacher=tuple(teacher),
             data=tuple(data or ["./data"]),
-            cache=cache,
+            cache=_place(cache),
             split=split,
             encoder=encoder,
             cut=cut,
@@ -174,6 +212,12 @@ def extract(
             threads=threads,
             rows_per_block=rows_per_block,
             max_bad=max_bad,
+            on_nonfinite=on_nonfinite,  # type: ignore[arg-type]  # checked by ExtractConfig
+            on_truncated=on_truncated,  # type: ignore[arg-type]
+            allow_missing_eof=allow_missing_eof,
+            join=join,
+            workers=workers,
+            scheduler=scheduler,
             device=device,
         ),
         say=_say,
@@ -182,7 +226,7 @@ def extract(
 
 @app.command()
 def train(
-    cache: CacheOption = Path("./shards"),
+    cache: CacheOption = "./shards",
     recipe: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -240,7 +284,7 @@ def train(
 
     run_train(
         TrainConfig(
-            cache=cache,
+            cache=_local(cache),
             recipe=recipe,
             overrides=tuple(set_ or ()),
             run_dir=run_dir,
@@ -394,16 +438,129 @@ def teachers(as_json: JsonOption = False) -> None:
 
 
 @cache_app.command("info")
-def cache_info(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")] = Path("./shards"),
-    as_json: JsonOption = False,
-) -> None:
+def cache_info(cache: CacheArgument = "./shards", as_json: JsonOption = False) -> None:
     """What a cache holds: fields, rows, bytes, storage error, fingerprints, and what is missing."""
     from emkum.shards.audit import describe, table
     from emkum.shards.reader import Cache
 
-    description = describe(Cache.open(cache))
+    description = describe(Cache.open(_place(cache)))
     print(json.dumps(description, indent=1) if as_json else table(description))
+
+
+@cache_app.command("verify")
+def cache_verify(cache: CacheArgument = "./shards", as_json: JsonOption = False) -> None:
+    """Read every byte of a cache and say what is damaged, which rows and samples suffer, and what undoes it.
+
+    Exit code 4 if anything is damaged. Blocks that were not extracted yet are no damage.
+    """
+    from emkum.shards.audit import report_json, report_table
+    from emkum.shards.store import open_store
+    from emkum.shards.verify import verify
+
+    store = open_store(_place(cache))
+    with _BytesBar("verify") as bar:
+        report = verify(store, progress=bar.show)
+    print(json.dumps(report_json(store, report), indent=1) if as_json else report_table(store, report))
+    if report.findings:
+        raise CorruptCache(_damage(cache, len(report.findings), "damaged"), f"next: emkum cache repair {cache}")
+
+
+@cache_app.command("repair")
+def cache_repair(
+    cache: CacheArgument = "./shards",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Verify a cache, then drop what is damaged, so that the same `emkum extract` redoes that and nothing else.
+
+    Exit code 4 if something is left that only a copy of the cache can restore.
+    """
+    from emkum.shards.audit import printable, repair_json, repair_table
+    from emkum.shards.repair import repair
+    from emkum.shards.store import open_store
+
+    store = open_store(_place(cache))
+    with _BytesBar("verify") as bar:
+        done = repair(store, dry_run=dry_run, say=lambda line: bar.say(printable(line)), progress=bar.show)
+    print(json.dumps(repair_json(store, done), indent=1) if as_json else repair_table(done, dry_run))
+    if done.left:
+        raise CorruptCache(_damage(cache, len(done.left), "damaged beyond repair"), done.left[0].way_out)
+
+
+@cache_app.command("digest")
+def cache_digest(
+    cache: CacheArgument = "./shards",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Trust the receipts instead of reading every object again.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """One SHA-256 of everything committed: equal for equal content, whoever wrote it, when, where, in what order."""
+    from emkum.shards.digest import digest
+
+    found = digest(_place(cache), trust_receipts=quick)
+    print(json.dumps({"path": cache, "digest": found, "quick": quick}) if as_json else found)
+
+
+@cache_app.command("quarantine")
+def cache_quarantine(
+    cache: CacheArgument = "./shards",
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write the list to this .csv, .json or .parquet file."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the samples that fields leave out, with tar, key, row, place in the tar, and the reason."""
+    from emkum.shards.audit import export_left_out, left_out, left_out_json, left_out_table
+    from emkum.shards.reader import Cache
+
+    samples = left_out(Cache.open(_place(cache)))
+    if out is not None:
+        export_left_out(samples, out)
+        _say(f"{len(samples):,} samples written to {out}")
+    print(json.dumps(left_out_json(samples), indent=1) if as_json else left_out_table(samples))
+
+
+def _damage(cache: str, count: int, kind: str) -> str:
+    return f"{cache}: {count} {'thing is' if count == 1 else 'things are'} {kind}"
+
+
+class _BytesBar:
+    """A progress bar of bytes on stderr, if that is a terminal. A context manager."""
+
+    def __init__(self, name: str) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc=name, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty())
+
+    def show(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def say(self, line: str) -> None:
+        self._bar.clear()
+        _say(line)
+
+    def __enter__(self) -> _BytesBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _place(text: str) -> Path | str:
+    """A folder, or the URL of one in an object store."""
+    from emkum.shards.store import is_url
+
+    return text if is_url(text) else Path(text)
+
+
+def _local(text: str) -> Path:
+    place = _place(text)
+    if isinstance(place, str):
+        raise UsageError(f"{text} is not a folder on this machine", "copy the cache to a local disk for training")
+    return place
 
 
 def _crop(text: str | None) -> tuple[float, float] | None:

@@ -137,6 +137,10 @@ class AnotherWriter(EmkumError):
     exit_code = 6
 
 
+class ClaimLost(AnotherWriter):
+    """Another process took over what this one was about to commit, because it gave no heartbeat."""
+
+
 class StorageFailure(EmkumError):
     """The disk is full, a quota or permission stops a write, or storage cannot be reached."""
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# `make torture` sets it: tests that have a long form run it.
+TORTURE_MINUTES = float(os.environ.get("EMKUM_TORTURE_MINUTES", "0"))
 SHARED = Path(os.environ.get("EMKUM_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 

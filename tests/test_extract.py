@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -27,7 +26,6 @@ from emkum.models.network import Network, normalise, save_network
 from emkum.models.passes import FrozenPass, Wanted
 from emkum.models.tokenizer import text_ids
 from emkum.shards.audit import describe
-from emkum.shards.claim import WriterClaim
 from emkum.shards.reader import Cache
 from emkum.shards.views import Box, replay_view
 from emkum.stage1_extract import extract as extract_module
@@ -375,33 +373,6 @@ def test_a_low_cut_of_a_network_that_borrows_its_blocks(networks: Path) -> None:
     part = FrozenPass([vit, tail], wanted, "float32", "cpu")
     torch.testing.assert_close(part.pictures(crops, wanted[1:2])[0], together[1], rtol=1e-6, atol=1e-6)
     assert part.block_runs == 1
-
-
-# --- two writers -------------------------------------------------------------------------------------------
-
-
-def test_a_second_writer_is_refused_naming_the_first(config: ExtractConfig) -> None:
-    quiet(config)
-    with WriterClaim(config.cache), pytest.raises(errors.AnotherWriter) as caught:
-        quiet(config)
-    assert caught.value.exit_code == 6
-    assert f"process {os.getpid()} on " in caught.value.what
-    assert "last heartbeat" in caught.value.what
-    assert quiet(config)[-1].startswith("nothing to do")
-
-
-def test_the_claim_of_a_dead_process_or_of_one_without_heartbeat_is_taken_over(config: ExtractConfig) -> None:
-    quiet(config)
-    claim = config.cache / "_emkum" / "claims" / "writer.json"
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    claim.write_text(json.dumps({"host": socket.gethostname(), "pid": int(dead.stdout), "token": "x"}))
-    assert quiet(config)[-1].startswith("nothing to do")
-    claim.write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "x"}))
-    with pytest.raises(errors.AnotherWriter, match="process 1 on elsewhere"):
-        quiet(config)
-    os.utime(claim, (time.time() - 120, time.time() - 120))
-    assert quiet(config)[-1].startswith("nothing to do")
-    assert not claim.exists()
 
 
 # --- bad pictures ------------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ import torch
 
 from emkum.models import targets
 from emkum.models.backbone import Backbone, BackboneSpec
-from emkum.models.network import Network, normalise, save_network, weights_digest
+from emkum.models.network import Network, network_files, normalise, weights_digest
 from emkum.models.preprocessing import Preprocessing
 from emkum.shards.codec import encode
 from emkum.shards.fingerprint import Fingerprint
-from emkum.shards.layout import FieldSpec, model_dir
+from emkum.shards.layout import FieldSpec
 from emkum.shards.segments import Segment
 from emkum.shards.tars import PictureMember, SourceSample, SourceTar
 from emkum.shards.views import ViewPolicy
@@ -113,8 +113,8 @@ def make_cache(
             writer.grow_field(spec, num_views)
             skipped = [block for word, block in skipped_blocks if spec.name.endswith(word)]
             _commit(writer, spec, segment, values, lengths, writer_statistics(writer, spec, statistics), bad, skipped)
-    save_network(encoder, path / model_dir(encoder.name))
-    save_network(text_encoder, path / model_dir(text_encoder.name))
+    for network in (encoder, text_encoder):
+        writer.keep_network(network.name, network_files(network))
     return TinyCache(path, encoder, text_encoder)
 
 

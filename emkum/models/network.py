@@ -151,29 +151,36 @@ def _equal(a: nn.Module, b: nn.Module) -> bool:
 
 
 def save_network(network: Network, folder: Path | str) -> None:
-    """Writes the network as docs/format.md, section 7: weights, tokenizer, and model.json last.
+    """Writes the network into a folder of its own: weights, tokenizer, and model.json last.
 
     Does nothing if the folder holds this network already. Raises IdentityMismatch if it holds another one, and
     StorageFailure if the disk refuses.
     """
-    from safetensors.torch import save
-
     folder = Path(folder)
-    record = _record(network)
     if (folder / MODEL_JSON).is_file():
-        _check_same(folder, record)
+        _check_same(folder, _record(network))
         return
-    if weights_digest(network.backbone) != network.weights_sha256:
-        raise ValueError(f"{network.name} was cast or changed since it was loaded; save the network as loaded")
+    files = network_files(network)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.contiguous().cpu() for name, tensor in network.backbone.state_dict().items()}
-        _write(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
-        if network.tokenizer is not None:
-            _write(folder / TOKENIZER, network.tokenizer)
-        _write(folder / MODEL_JSON, (json.dumps(record, sort_keys=True, indent=1) + "\n").encode())
+        for name, data in files.items():
+            _write(folder / name, data)
     except OSError as error:
         raise StorageFailure(f"{folder} cannot be written: {error}", "free space or choose another place") from error
+
+
+def network_files(network: Network) -> dict[str, bytes]:
+    """The files that `load_saved` reads, by name, model.json last (docs/format.md, section 7)."""
+    from safetensors.torch import save
+
+    if weights_digest(network.backbone) != network.weights_sha256:
+        raise ValueError(f"{network.name} was cast or changed since it was loaded; save the network as loaded")
+    weights = {name: tensor.contiguous().cpu() for name, tensor in network.backbone.state_dict().items()}
+    files = {WEIGHTS: save(weights, metadata={"format": "pt"})}
+    if network.tokenizer is not None:
+        files[TOKENIZER] = network.tokenizer
+    files[MODEL_JSON] = (json.dumps(_record(network), sort_keys=True, indent=1) + "\n").encode()
+    return files
 
 
 def load_saved(folder: Path | str) -> Network:

@@ -1,4 +1,7 @@
-"""Files that are whole or not there: temporary name in the same folder, sync, rename, sync the folder."""
+"""Files that are whole or not there: temporary name in the same folder, sync, rename, sync the folder.
+
+Whatever changes a local cache goes through the `os` of this module, so that tests can fail every call of it in turn.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,9 @@ import contextlib
 import errno
 import hashlib
 import os
-import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -17,6 +19,7 @@ from emkum.errors import StorageFailure
 
 TEMPORARY_SUFFIX = ".tmp"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 @contextlib.contextmanager
@@ -53,21 +56,28 @@ def make_dir(folder: Path) -> None:
     if folder.is_dir():
         return
     make_dir(folder.parent)
-    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder)
     sync_dir(folder.parent)
+
+
+def temporary_path(path: Path, token: str) -> Path:
+    """Where `path` is written first: beside it, hidden, and bearing the token of the process that writes it."""
+    return path.parent / f".{path.name}.{token}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}"
 
 
 class DurableFile:
     """One object written front to back; appears under its name at `commit`, whole, or never.
 
-    Use as a context manager: leaving without `commit` removes the temporary file.
+    token: of the writing process, part of the temporary name. Use as a context manager: leaving without `commit`
+    removes the temporary file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, token: str = "0") -> None:
         self.path = path
         self.num_bytes = 0
         self._digest = hashlib.sha256()
-        self._temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
+        self._temporary = temporary_path(path, token)
         with storage_errors(path):
             make_dir(path.parent)
             self._handle: int | None = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -83,21 +93,41 @@ class DurableFile:
 
     def commit(self) -> str:
         """Syncs and renames. Returns the SHA-256 of the contents."""
-        assert self._handle is not None
         with storage_errors(self.path):
-            os.fsync(self._handle)
-            os.close(self._handle)
-            self._handle = None
+            self._sync()
             os.replace(self._temporary, self.path)
             sync_dir(self.path.parent)
         return self._digest.hexdigest()
+
+    def commit_new(self) -> bool:
+        """Syncs and gives the file its name if nothing has it yet. Returns whether it did."""
+        with storage_errors(self.path):
+            self._sync()
+            try:
+                os.link(self._temporary, self.path)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                if self.path.exists():  # a file system without hard links: the claim on the block must do
+                    return False
+                os.replace(self._temporary, self.path)
+            sync_dir(self.path.parent)
+        return True
 
     def discard(self) -> None:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
         with contextlib.suppress(OSError):
-            self._temporary.unlink(missing_ok=True)
+            os.unlink(self._temporary)
+
+    def _sync(self) -> None:
+        assert self._handle is not None
+        os.fsync(self._handle)
+        os.close(self._handle)
+        self._handle = None
 
     def __enter__(self) -> DurableFile:
         return self
@@ -108,11 +138,64 @@ class DurableFile:
         self.discard()
 
 
-def write_file(path: Path, data: bytes) -> str:
+def write_file(path: Path, data: bytes, token: str = "0") -> str:
     """Writes `data` as one durable file and returns its SHA-256."""
-    with DurableFile(path) as file:
+    with DurableFile(path, token) as file:
         file.write(data)
         return file.commit()
+
+
+def create_file(path: Path, data: bytes, token: str = "0") -> bool:
+    """Writes a durable file unless one is there. Returns whether the file there is now ours.
+
+    A network file system may carry the link out and lose the reply: what is there is read back and compared.
+    """
+    with DurableFile(path, token) as file:
+        file.write(data)
+        if file.commit_new():
+            return True
+    with storage_errors(path):
+        try:
+            return path.read_bytes() == data
+        except FileNotFoundError:  # it was there, and somebody removed it: not ours
+            return False
+
+
+def create_folder(path: Path, files: Mapping[str, bytes], token: str = "0") -> bool:
+    """Writes a folder of files that appears whole, by one rename, unless one is there. Returns whether it did."""
+    temporary = temporary_path(path, token)
+    try:
+        with storage_errors(path):
+            make_dir(path.parent)
+            os.mkdir(temporary)
+        for name, data in files.items():
+            write_file(temporary / name, data, token)
+        with storage_errors(path):
+            try:
+                os.rename(temporary, path)
+            except OSError:
+                if path.is_dir():
+                    return False
+                raise
+            sync_dir(path.parent)
+        return True
+    finally:
+        remove(temporary)
+
+
+def touch(path: Path) -> None:
+    os.utime(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder of files, if it is there. Never raises."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            for child in list(path.iterdir()):
+                remove(child)
+            os.rmdir(path)
+        else:
+            os.unlink(path)
 
 
 def sweep_temporaries(folder: Path, older_than_seconds: float) -> int:
@@ -121,6 +204,6 @@ def sweep_temporaries(folder: Path, older_than_seconds: float) -> int:
     for path in list(folder.rglob(f".*{TEMPORARY_SUFFIX}")):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > older_than_seconds:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
                 removed += 1
     return removed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +15,9 @@ from emkum.errors import UsageError
 
 FORMAT = 1
 DEFAULT_ROWS_PER_BLOCK = 1024
+MAX_ROWS = 1 << 40  # of a row space; more is a damaged record
+MAX_ROWS_PER_BLOCK = 1 << 16
+MAX_ROW_BYTES = 1 << 31
 TEXT_TILE = 16  # text positions in one inner chunk of a ragged field
 RECORDS = "_emkum"
 
@@ -39,6 +44,7 @@ _AXES: dict[Kind, tuple[str, ...]] = {
     "text_pooled": ("channel",),
 }
 STORAGES = ("float16", "float32", "int8")
+_DTYPES = (*STORAGES, "uint8", "int32")
 
 
 @dataclass(frozen=True)
@@ -138,8 +144,18 @@ class FieldSpec:
 
 
 def field_from_record(record: dict[str, Any]) -> FieldSpec:
+    """The field a record describes. Raises ValueError, KeyError or TypeError for what no field can be."""
     values = record["arrays"]["values"]
-    return FieldSpec(record["field"], record["kind"], values["dtype"], tuple(values["row_shape"]))
+    name, kind, dtype, shape = record["field"], record["kind"], values["dtype"], tuple(values["row_shape"])
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9@._-]*(/[A-Za-z0-9][A-Za-z0-9@._-]*){1,7}", name):
+        raise ValueError(f"{name!a} is no field name")
+    if kind not in KIND_SPACE or dtype not in _DTYPES or not _AXES[kind] or len(shape) != len(_AXES[kind]):
+        raise ValueError(f"no field is of kind {kind!a} with rows {shape!a} of {dtype!a}")
+    if any(type(n) is not int or not 0 < n < MAX_ROW_BYTES for n in shape):
+        raise ValueError(f"rows of shape {shape!a}")
+    if math.prod(shape) * np.dtype(dtype).itemsize > MAX_ROW_BYTES:
+        raise ValueError(f"rows of {math.prod(shape)} numbers")
+    return FieldSpec(name, kind, dtype, shape)
 
 
 def object_path(field: FieldSpec, array: ArraySpec, block: int, view: int) -> str:
@@ -180,7 +196,9 @@ def check_cache_name(name: str) -> str:
 
 
 def root_metadata(uuid: str, rows_per_block: int) -> dict[str, Any]:
-    return group_metadata({"emkum": {"format": FORMAT, "uuid": uuid, "rows_per_block": rows_per_block}})
+    """The root's zarr.json. Its digest seals the cache: every JSON file of it carries one."""
+    root = {"format": FORMAT, "uuid": uuid, "rows_per_block": rows_per_block}
+    return group_metadata({"emkum": root | {"digest": hashlib.sha256(canonical_json(root)).hexdigest()}})
 
 
 def group_metadata(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -220,7 +238,7 @@ def array_metadata(
                 },
             }
         ]
-    return {
+    metadata = {
         "zarr_format": 3,
         "node_type": "array",
         "shape": shape,
@@ -232,6 +250,7 @@ def array_metadata(
         "dimension_names": names,
         "attributes": {},
     }
+    return metadata | {"attributes": {"emkum": {"digest": hashlib.sha256(canonical_json(metadata)).hexdigest()}}}
 
 
 def canonical_json(value: object) -> bytes:

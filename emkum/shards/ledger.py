@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import posixpath
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from emkum.errors import CorruptCache
-from emkum.shards.durable import write_file
 from emkum.shards.fingerprint import digest_of
-from emkum.shards.layout import RECORDS, canonical_json, field_from_record, pretty_json, receipt_path
+from emkum.shards.layout import (
+    RECORDS,
+    canonical_json,
+    field_from_record,
+    field_record_path,
+    pretty_json,
+    receipt_path,
+)
+from emkum.shards.store import Store
+from emkum.shards.strict_json import loads
 
 
 @dataclass(frozen=True)
@@ -47,25 +54,28 @@ class Receipt:
     quarantined: tuple[Quarantined, ...]
 
 
-def write_receipt(root: Path, receipt: Receipt) -> None:
-    """The commit: after this the block exists."""
-    path = root / receipt_path(receipt.field, receipt.block, receipt.view)
-    write_file(path, pretty_json(with_digest(_to_json(receipt))))
+def write_receipt(store: Store, receipt: Receipt) -> bool:
+    """The commit: after this the block exists. False if it has another receipt already, which stays."""
+    return store.create(receipt_path(receipt.field, receipt.block, receipt.view), receipt_bytes(receipt))
 
 
-def read_receipts(root: Path, field: str) -> dict[tuple[int, int], Receipt]:
+def receipt_bytes(receipt: Receipt) -> bytes:
+    return pretty_json(with_digest(_to_json(receipt)))
+
+
+def receipt_names(store: Store, field: str) -> list[str]:
+    """Paths of all receipts of a field."""
+    folder = f"{RECORDS}/receipts/{field}"
+    names = store.list(folder)
+    return [f"{folder}/{name}" for name in sorted(names) if re.fullmatch(r"[0-9]{6,}-[0-9]+\.json", name)]
+
+
+def read_receipts(store: Store, field: str) -> dict[tuple[int, int], Receipt]:
     """All receipts of a field by (block, view). Raises CorruptCache for one that does not hold together."""
-    folder = root / RECORDS / "receipts" / field
     found = {}
-    if folder.is_dir():
-        for path in sorted(p for p in folder.iterdir() if re.fullmatch(r"[0-9]{6,}-[0-9]+\.json", p.name)):
-            receipt = _read_receipt(path)
-            if path != root / receipt_path(receipt.field, receipt.block, receipt.view) or receipt.field != field:
-                raise CorruptCache(
-                    f"{path} is the receipt of {receipt.field} block {receipt.block}-{receipt.view}",
-                    "delete this one file; the next extract redoes its block",
-                )
-            found[receipt.block, receipt.view] = receipt
+    for path in receipt_names(store, field):
+        receipt = read_receipt(store, path)
+        found[receipt.block, receipt.view] = receipt
     return found
 
 
@@ -102,10 +112,11 @@ def _to_json(receipt: Receipt) -> dict[str, Any]:
     }
 
 
-def _read_receipt(path: Path) -> Receipt:
+def read_receipt(store: Store, path: str) -> Receipt:
+    """One receipt. Raises CorruptCache for one that does not hold together, or that bears another's name."""
     try:
-        record = without_digest(json.loads(path.read_bytes()))
-        return Receipt(
+        record = without_digest(loads(store.read(path)))
+        receipt = Receipt(
             record["field"],
             record["block"],
             record["view"],
@@ -118,21 +129,36 @@ def _read_receipt(path: Path) -> Receipt:
             record["error"],
             tuple(Quarantined(q["row"], q["tar"], q["key"], q["reason"]) for q in record["quarantined"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        _check_numbers(receipt)
+        if path != receipt_path(receipt.field, receipt.block, receipt.view):
+            raise ValueError(f"it is the receipt of {receipt.field} block {receipt.block}-{receipt.view}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptCache(
-            f"receipt {path} cannot be trusted: {error}", "delete this one file; the next extract redoes its block"
+            f"receipt {store.where(path)} cannot be trusted: {error}",
+            f"`emkum cache repair {store.url}` drops it; the same extract command then redoes its block",
         ) from error
+    return receipt
 
 
-def read_field_record(path: Path) -> dict[str, Any]:
+def _check_numbers(receipt: Receipt) -> None:
+    numbers = [receipt.block, receipt.view, receipt.segment, receipt.first_row, receipt.rows]
+    numbers += [o.bytes for o in receipt.objects] + [q.row for q in receipt.quarantined]
+    if any(type(number) is not int or not 0 <= number < 2**62 for number in numbers):
+        raise ValueError("it holds numbers that cannot be")
+
+
+def read_field_record(store: Store, path: str) -> dict[str, Any]:
     """A field's record. Raises CorruptCache for one that does not hold together."""
     try:
-        record = without_digest(json.loads(path.read_bytes()))
+        record = without_digest(loads(store.read(path)))
         if digest_of(record["fingerprint"]) != record["fingerprint_digest"]:
             raise ValueError("its fingerprint has another digest than it states")
-        field_from_record(record)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        field = field_from_record(record)
+        if field_record_path(field.name) != path or posixpath.normpath(field.name) != field.name:
+            raise ValueError(f"it is the record of {field.name!r}")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CorruptCache(
-            f"field record {path} cannot be trusted: {error}", "restore it from a copy of the cache"
+            f"field record {store.where(path)} cannot be trusted: {error}",
+            f"`emkum cache repair {store.url}` says what can be done",
         ) from error
     return record

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
+import tempfile
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,54 +20,46 @@ import pyarrow as pa
 
 from emkum.errors import CorruptCache, IncompleteCache, MissingField, UsageError
 from emkum.shards.codec import decode_int8
-from emkum.shards.layout import (
-    RECORDS,
-    TEXT_TILE,
-    ArraySpec,
-    FieldSpec,
-    field_from_record,
-    field_record_path,
-    model_dir,
-    object_path,
-)
+from emkum.shards.layout import RECORDS, TEXT_TILE, ArraySpec, FieldSpec, field_from_record, model_dir, object_path
 from emkum.shards.ledger import Receipt, read_field_record, read_receipts
 from emkum.shards.segments import CAPTIONS, SAMPLES, Segment, read_captions, read_samples, read_segments
+from emkum.shards.store import RangeReader, Store, open_store
 from emkum.shards.writer import ABSENT, read_root
 
 MAX_OPEN_SHARDS = 256
-_REPAIR = "run the extract command again after deleting the receipt, or restore the object from a copy of the cache"
+_REPAIR = (
+    "`emkum cache repair` drops what is damaged, and the same extract command redoes exactly that; "
+    "or restore the object from a copy of the cache"
+)
 
 
 class Cache:
     """A snapshot of one cache. Later commits are not seen; open again to see them."""
 
     def __init__(
-        self, path: Path, uuid: str, rows_per_block: int, segments: Sequence[Segment], fields: dict[str, Field]
+        self, store: Store, uuid: str, rows_per_block: int, segments: Sequence[Segment], fields: dict[str, Field]
     ) -> None:
-        self.path = path
+        self.store = store
+        self.path = store.local or store.url
         self.uuid = uuid
         self.rows_per_block = rows_per_block
         self.segments = tuple(segments)
         self.fields = fields
         self._tables: dict[tuple[str, str], pa.Table] = {}
+        self._copies: dict[str, tempfile.TemporaryDirectory[str]] = {}
 
     @classmethod
-    def open(cls, path: Path | str) -> Cache:
-        """Raises NotACache, NewerFormat, CorruptCache."""
-        root = Path(path)
-        uuid, rows_per_block = read_root(root)
-        segments = read_segments(root)
-        shards = _OpenShards(MAX_OPEN_SHARDS)
+    def open(cls, place: Store | Path | str) -> Cache:
+        """place: a folder, or a URL that fsspec knows. Raises NotACache, NewerFormat, CorruptCache."""
+        store = open_store(place)
+        uuid, rows_per_block = read_root(store)
+        segments = read_segments(store)
+        shards = _OpenShards(store, MAX_OPEN_SHARDS)
         fields = {}
-        records = root / RECORDS / "fields"
-        for record_path in sorted(records.rglob("*.json")) if records.is_dir() else []:
-            field = Field(root, segments, rows_per_block, read_field_record(record_path), shards)
-            if record_path != root / field_record_path(field.name):
-                raise CorruptCache(
-                    f"{record_path} is the record of {field.name}", "restore it from a copy of the cache"
-                )
+        for path in field_record_paths(store):
+            field = Field(store, segments, rows_per_block, read_field_record(store, path), shards)
             fields[field.name] = field
-        return cls(root, uuid, rows_per_block, segments, fields)
+        return cls(store, uuid, rows_per_block, segments, fields)
 
     @property
     def splits(self) -> list[str]:
@@ -73,17 +68,24 @@ class Cache:
     @property
     def models(self) -> list[str]:
         """Names of the frozen networks kept in the cache."""
-        folder = self.path / RECORDS / "models"
-        return sorted(p.parent.name for p in folder.glob("*/model.json")) if folder.is_dir() else []
+        folder = f"{RECORDS}/models"
+        names = sorted(n for n in self.store.list(folder) if not n.startswith(".") and not n.endswith(".tmp"))
+        return [name for name in names if "model.json" in self.store.list(f"{folder}/{name}")]
 
     def model_dir(self, name: str) -> Path:
-        folder = self.path / model_dir(name)
-        if not (folder / "model.json").is_file():
+        """The folder of a frozen network; of a remote cache, a copy of it in a temporary folder."""
+        if name not in self.models:
             raise MissingField(
                 f"{self.path} keeps no network {name!r}; it has: {', '.join(self.models) or 'none'}",
                 "extract again with this network as --encoder or --text-encoder",
             )
-        return folder
+        if self.store.local is not None:
+            return self.store.local / model_dir(name)
+        if name not in self._copies:
+            self._copies[name] = tempfile.TemporaryDirectory(prefix="emkum-network-")
+            for file in self.store.list(model_dir(name)):
+                (Path(self._copies[name].name) / file).write_bytes(self.store.read(f"{model_dir(name)}/{file}"))
+        return Path(self._copies[name].name)
 
     def field(self, name: str) -> Field:
         """Raises MissingField listing what there is."""
@@ -110,17 +112,20 @@ class Cache:
             )
         if (which, split) not in self._tables:
             read, schema = (read_samples, SAMPLES) if which == "samples" else (read_captions, CAPTIONS)
-            parts = [read(self.path, segment) for segment in self.segments if segment.split == split]
+            parts = [read(self.store, segment) for segment in self.segments if segment.split == split]
             self._tables[which, split] = pa.concat_tables(parts) if parts else schema.empty_table()
         return self._tables[which, split]
 
 
 class Field:
-    """One field of a snapshot. Thread-safe; rows may come in any order and repeat."""
+    """One field of a snapshot. Thread-safe; rows may come in any order and repeat.
+
+    Forked and spawned processes may read from it too: a pickled field takes its snapshot along.
+    """
 
     def __init__(
         self,
-        root: Path,
+        store: Store,
         segments: Sequence[Segment],
         rows_per_block: int,
         record: dict[str, Any],
@@ -129,15 +134,26 @@ class Field:
         self.record = record
         self.spec: FieldSpec = field_from_record(record)
         self.fingerprint: dict[str, Any] = record["fingerprint"]
-        self._root, self._rows_per_block, self._shards = root, rows_per_block, shards
+        self._store, self._rows_per_block, self._shards = store, rows_per_block, shards
         self._segments = segments
-        self.receipts = read_receipts(root, self.spec.name)
+        known = {segment.number for segment in segments}
+        found = read_receipts(store, self.spec.name)
+        self.receipts = {place: receipt for place, receipt in found.items() if receipt.segment in known}
         for receipt in self.receipts.values():
+            span = segments[receipt.segment].span(self.spec.space)
+            if receipt.block not in span.blocks(rows_per_block) or (
+                (receipt.first_row, receipt.rows) != span.block_rows(receipt.block, rows_per_block)
+            ):
+                raise CorruptCache(
+                    f"receipt of {self.name} block {receipt.block}-{receipt.view} states rows {receipt.first_row} to "
+                    f"{receipt.first_row + receipt.rows - 1}, segment {receipt.segment} has others there",
+                    _REPAIR,
+                )
             if receipt.fingerprint_digest != record["fingerprint_digest"]:
                 raise CorruptCache(
                     f"receipt of {self.name} block {receipt.block}-{receipt.view} belongs to fingerprint "
                     f"{receipt.fingerprint_digest[:12]}..., the field has {record['fingerprint_digest'][:12]}...",
-                    "delete the receipt; the next extract redoes its block",
+                    _REPAIR,
                 )
         self._blocks: dict[tuple[str, int, int], np.ndarray] = {}
         self._bad_rows: dict[tuple[int, int], frozenset[int]] = {}
@@ -262,7 +278,7 @@ class Field:
         receipt = self.receipts.get((block, view))
         if receipt is None or not receipt.first_row <= row < receipt.first_row + receipt.rows:
             raise IncompleteCache(
-                f"{self._root} field {self.name}: row {row} view {view} (block {block}) is not committed",
+                f"{self._store.url} field {self.name}: row {row} view {view} (block {block}) is not committed",
                 "run the extract command again to finish it",
             )
         return receipt
@@ -298,25 +314,26 @@ class Field:
         if key not in self._blocks:
             array = self.spec.array(name)
             path = object_path(self.spec, array, receipt.block, receipt.view)
-            data = self._read_object(path, _expected_bytes(receipt, path))
+            data = _read_whole(self._store, path, _expected_bytes(receipt, path))
             shape = (self._rows_per_block, *array.row_shape)
-            self._blocks[key] = _decode_chunk(data, array, shape, self._root / path)
+            self._blocks[key] = _decode_chunk(data, array, shape, self._store.where(path))
         return self._blocks[key]
 
     def _static(self, name: str) -> np.ndarray:
-        return read_statistic(self._root, self.record, name)
+        return read_statistic(self._store, self.record, name)
 
-    def _read_object(self, path: str, expected_bytes: int) -> bytes:
-        return _read_whole(self._root / path, expected_bytes)
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_blocks": {}, "_bad_rows": {}}
 
     def _refuse_quarantined(self, receipt: Receipt, row: int) -> None:
         found = next((q for q in receipt.quarantined if q.row == row), None)
         if found is None:
             raise CorruptCache(
-                f"{self._root} field {self.name} holds nothing of row {row}, which its receipt says is there", _REPAIR
+                f"{self._store.url} field {self.name} holds nothing of row {row}, which its receipt says is there",
+                _REPAIR,
             )
         raise IncompleteCache(
-            f"{self._root} field {self.name}: row {row} ({found.tar}, {found.key}) is quarantined: {found.reason}",
+            f"{self._store.url} field {self.name}: row {row} ({found.tar}, {found.key}) is quarantined: {found.reason}",
             "take rows from Field.rows()",
         )
 
@@ -327,7 +344,7 @@ class Field:
         array = self.spec.array("values")
         path = object_path(self.spec, array, receipt.block, view)
         return self._shards.get(
-            self._root / path, _expected_bytes(receipt, path), (self._rows_per_block, array.tiles), array.inner_bytes
+            path, _expected_bytes(receipt, path), (self._rows_per_block, array.tiles), array.inner_bytes
         )
 
     def _read_tokens(self, rows: np.ndarray, views: np.ndarray, out: np.ndarray) -> None:
@@ -363,40 +380,42 @@ class Field:
 class _Shard:
     """An open shard file: its index parsed and checked once, its chunks checked at their first read."""
 
-    def __init__(self, path: Path, expected_bytes: int, grid: tuple[int, int], chunk_bytes: int) -> None:
-        self.path = path
+    def __init__(self, store: Store, path: str, expected_bytes: int, grid: tuple[int, int], chunk_bytes: int) -> None:
+        self.path = store.where(path)
         self._chunk_bytes = chunk_bytes
-        self._handle: int | None = None
         try:
-            self._handle = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise CorruptCache(f"object {path} cannot be opened: {error.strerror}", _REPAIR) from error
-        size = os.fstat(self._handle).st_size
+            self._file: RangeReader = store.open(path)
+        except FileNotFoundError as error:
+            raise CorruptCache(
+                f"object {self.path} is missing, its receipt says {expected_bytes} bytes", _REPAIR
+            ) from error
+        size = self._file.size
         if size != expected_bytes:
-            raise CorruptCache(f"object {path} has {size} bytes, its receipt says {expected_bytes}", _REPAIR)
+            raise CorruptCache(f"object {self.path} has {size} bytes, its receipt says {expected_bytes}", _REPAIR)
         index_bytes = grid[0] * grid[1] * 16
-        data = os.pread(self._handle, index_bytes + 4, max(size - index_bytes - 4, 0))
-        if len(data) != index_bytes + 4 or google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
-            raise CorruptCache(f"the index of {path} fails its checksum", _REPAIR)
-        index = np.frombuffer(data[:-4], dtype="<u8").reshape(*grid, 2)
-        present = index[..., 0] != ABSENT
-        end = index[..., 0] + index[..., 1]
-        if (index[present][:, 1] != chunk_bytes + 4).any() or (end[present] > size - index_bytes - 4).any():
-            raise CorruptCache(f"the index of {path} points outside its chunks", _REPAIR)
-        self.offsets = index[..., 0]
+        data = bytearray(min(index_bytes + 4, size))
+        count = self._file.read_into([memoryview(data)], max(size - index_bytes - 4, 0))
+        if count != index_bytes + 4 or google_crc32c.value(bytes(data[:-4])) != struct.unpack("<I", data[-4:])[0]:
+            raise CorruptCache(f"the index of {self.path} fails its checksum", _REPAIR)
+        index = np.frombuffer(bytes(data[:-4]), dtype="<u8").reshape(*grid, 2)
+        starts, sizes = index[..., 0], index[..., 1]
+        present = starts != ABSENT
+        last = size - index_bytes - 4 - (chunk_bytes + 4)  # where the last chunk may start
+        if (sizes[present] != chunk_bytes + 4).any() or (present.any() and (last < 0 or starts[present].max() > last)):
+            raise CorruptCache(f"the index of {self.path} points outside its chunks", _REPAIR)
+        self.offsets = starts
         self._checked = np.zeros(grid, dtype=bool)
 
     def read_into(self, row: int, tile: int, out: np.ndarray) -> None:
         """Fills `out` (contiguous, one chunk) from the file."""
-        assert self._handle is not None
         offset = int(self.offsets[row, tile])
         view = out.data.cast("B")
         if self._checked[row, tile]:
-            if os.preadv(self._handle, [view], offset) != self._chunk_bytes:
+            if self._file.read_into([view], offset) != self._chunk_bytes:
                 raise CorruptCache(f"{self.path} ended inside a chunk at {offset}", _REPAIR)
             return
         stated = bytearray(4)
-        if os.preadv(self._handle, [view, stated], offset) != self._chunk_bytes + 4:
+        if self._file.read_into([view, memoryview(stated)], offset) != self._chunk_bytes + 4:
             raise CorruptCache(f"{self.path} ended inside a chunk at {offset}", _REPAIR)
         if google_crc32c.value(out) != struct.unpack("<I", stated)[0]:
             raise CorruptCache(
@@ -404,47 +423,86 @@ class _Shard:
             )
         self._checked[row, tile] = True
 
-    def __del__(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-
 
 class _OpenShards:
     """At most `limit` shard files open at a time, shared by the fields of a cache; safe across threads and forks."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._open: OrderedDict[Path, _Shard] = OrderedDict()
+    def __init__(self, store: Store, limit: int) -> None:
+        self._store, self._limit = store, limit
+        self._start()
 
-    def get(self, path: Path, expected_bytes: int, grid: tuple[int, int], chunk_bytes: int) -> _Shard:
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, _Shard] = OrderedDict()
+        _ALL_OPEN.add(self)
+
+    def get(self, path: str, expected_bytes: int, grid: tuple[int, int], chunk_bytes: int) -> _Shard:
         with self._lock:
             shard = self._open.get(path)
             if shard is not None:
                 self._open.move_to_end(path)
                 return shard
-            shard = _Shard(path, expected_bytes, grid, chunk_bytes)
+            shard = _Shard(self._store, path, expected_bytes, grid, chunk_bytes)
             self._open[path] = shard
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)  # closes when the last thread that reads from it lets go
             return shard
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_store": self._store, "_limit": self._limit}
 
-def read_statistic(root: Path, record: dict[str, Any], name: str) -> np.ndarray:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+
+_ALL_OPEN: weakref.WeakSet[_OpenShards] = weakref.WeakSet()
+
+
+def _renew_after_fork() -> None:
+    """A thread of the parent may have held a lock when the child was made: the child starts with its own."""
+    for shards in list(_ALL_OPEN):
+        shards._start()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_after_fork)
+
+
+def field_record_paths(store: Store, folder: str = f"{RECORDS}/fields") -> list[str]:
+    """Paths of all field records, sorted. Unfinished writes are passed over."""
+    found = []
+    for name, size in sorted(store.list(folder).items()):
+        path = f"{folder}/{name}"
+        if size is None:
+            found += field_record_paths(store, path)
+        elif name.endswith(".json") and not name.startswith("."):
+            found.append(path)
+    return found
+
+
+def read_statistic(store: Store, record: dict[str, Any], name: str) -> np.ndarray:
     """The channel `mean` or `std` of an int8 field's record, float32 [channel]."""
-    stated = record["statistics"][name]
-    array = field_from_record(record).array(name)
-    path = root / stated["path"]
-    return _decode_chunk(_read_whole(path, stated["bytes"]), array, array.row_shape, path)
-
-
-def _read_whole(path: Path, expected_bytes: int) -> bytes:
+    field = field_from_record(record)
+    array = field.array(name)
+    path = object_path(field, array, 0, 0)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CorruptCache(f"object {path} cannot be read: {error.strerror}", _REPAIR) from error
-    if len(data) != expected_bytes:
-        raise CorruptCache(f"object {path} has {len(data)} bytes, its record says {expected_bytes}", _REPAIR)
+        expected = int(record["statistics"][name]["bytes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCache(f"the record of {field.name} states no {name}", _REPAIR) from error
+    return _decode_chunk(_read_whole(store, path, expected), array, array.row_shape, store.where(path))
+
+
+def _read_whole(store: Store, path: str, expected_bytes: int) -> bytes:
+    try:
+        size = store.size(path)
+        data = store.read(path) if size == expected_bytes else b""
+    except FileNotFoundError as error:
+        raise CorruptCache(
+            f"object {store.where(path)} is missing, its record says {expected_bytes} bytes", _REPAIR
+        ) from error
+    if size != expected_bytes or len(data) != expected_bytes:
+        raise CorruptCache(f"object {store.where(path)} has {size} bytes, its record says {expected_bytes}", _REPAIR)
     return data
 
 
@@ -457,11 +515,11 @@ def _expected_bytes(receipt: Receipt, path: str) -> int:
     )
 
 
-def _decode_chunk(data: bytes, array: ArraySpec, shape: tuple[int, ...], path: Path) -> np.ndarray:
-    if google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+def _decode_chunk(data: bytes, array: ArraySpec, shape: tuple[int, ...], path: str) -> np.ndarray:
+    if len(data) < 4 or google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise CorruptCache(f"object {path} fails its checksum", _REPAIR)
     dtype = np.dtype(array.dtype)
-    if len(data) - 4 != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+    if len(data) - 4 != math.prod(shape) * dtype.itemsize:
         raise CorruptCache(
             f"object {path} has {len(data)} bytes, its shape {shape} of {dtype} needs another number", _REPAIR
         )

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from emkum.errors import AnotherWriter, CorruptCache, IdentityMismatch, SourceChanged, UsageError
-from emkum.shards.durable import storage_errors, sync_dir, write_file
-from emkum.shards.layout import RECORDS, Space, canonical_json, pretty_json, segment_dir
+from emkum.shards.layout import MAX_ROWS, RECORDS, Space, canonical_json, pretty_json, segment_dir
+from emkum.shards.store import Store
+from emkum.shards.strict_json import loads
 from emkum.shards.tars import SourceTar
 from emkum.shards.views import ViewPolicy
 
@@ -35,6 +32,7 @@ SAMPLES = pa.schema(
         ("label_name", pa.string()),
     ]
 )
+SEGMENT_JSON = "segment.json"
 CAPTIONS = pa.schema(
     [
         ("text_row", pa.int64()),
@@ -70,13 +68,17 @@ class Span:
 
 @dataclass(frozen=True)
 class Source:
-    """One source tar as it was when its segment was made. `path` is a hint that may be stale."""
+    """One source tar as it was when its segment was made. `path` is a hint that may be stale.
+
+    truncated: the byte at which a tar ended of which only the complete samples were kept; None for a whole one.
+    """
 
     tar: str
     bytes: int
     sha256: str
     samples: int
     path: str
+    truncated: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,29 +99,33 @@ class Segment:
 def segment_digest(record: dict[str, Any]) -> str:
     """The digest that a segment.json states, of its contents (docs/format.md, section 3)."""
     content = {key: record[key] for key in ("split", "image", "text", "views", "parquet")}
-    content["sources"] = [[s["tar"], s["bytes"], s["sha256"], s["samples"]] for s in record["sources"]]
+    content["sources"] = [
+        [s["tar"], s["bytes"], s["sha256"], s["samples"], *([s["truncated"]] if "truncated" in s else [])]
+        for s in record["sources"]
+    ]
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
-def read_segments(root: Path) -> list[Segment]:
+def read_segments(store: Store) -> list[Segment]:
     """All committed segments in order. Raises CorruptCache for a gap, a torn or an altered record."""
-    folder = root / RECORDS / "segments"
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    numbers = sorted(int(name) for name in names if re.fullmatch(r"[0-9]+", name))
+    folder = f"{RECORDS}/segments"
+    numbers = sorted(int(name) for name in store.list(folder) if re.fullmatch(r"[0-9]{1,9}", name))
     if numbers != list(range(len(numbers))):
         raise CorruptCache(
-            f"{folder} holds segments {numbers}; they must be 0, 1, 2, ... without gaps",
+            f"{store.where(folder)} holds segments {numbers}; they must be 0, 1, 2, ... without gaps",
             "restore the missing ones from a copy of the cache",
         )
-    return [_read_segment(root, number) for number in numbers]
+    if store.local is None and numbers and SEGMENT_JSON not in store.list(segment_dir(numbers[-1])):
+        numbers.pop()  # an object store shows a folder before its last file
+    return [read_segment(store, number) for number in numbers]
 
 
-def read_samples(root: Path, segment: Segment) -> pa.Table:
-    return _read_table(root, segment, "samples.parquet", SAMPLES)
+def read_samples(store: Store, segment: Segment) -> pa.Table:
+    return _read_table(store, segment, "samples.parquet", SAMPLES)
 
 
-def read_captions(root: Path, segment: Segment) -> pa.Table:
-    return _read_table(root, segment, "captions.parquet", CAPTIONS)
+def read_captions(store: Store, segment: Segment) -> pa.Table:
+    return _read_table(store, segment, "captions.parquet", CAPTIONS)
 
 
 def new_sources(segments: Sequence[Segment], split: str, tars: Sequence[SourceTar]) -> list[SourceTar]:
@@ -167,42 +173,31 @@ def require_same_views(segments: Sequence[Segment], split: str, views: ViewPolic
 
 
 def append_segment(
-    root: Path,
+    store: Store,
     segments: Sequence[Segment],
     split: str,
     views: ViewPolicy,
     tars: Sequence[SourceTar],
     rows_per_block: int,
 ) -> Segment:
-    """Commits the samples of `tars` as the next segment; the folder appears whole, by one rename."""
+    """Commits the samples of `tars` as the next segment, whole. Raises AnotherWriter if it was added meanwhile."""
     require_same_views(segments, split, views)
     check_split_name(split)
     number = len(segments)
     samples, captions, image, text = _tables(segments, tars, rows_per_block)
-    final = root / segment_dir(number)
-    temporary = final.parent / f".{number}.{uuid.uuid4().hex}.tmp"
-    try:
-        parquet = {
-            "samples.parquet": write_file(temporary / "samples.parquet", _parquet_bytes(samples)),
-            "captions.parquet": write_file(temporary / "captions.parquet", _parquet_bytes(captions)),
-        }
-        sources = tuple(Source(t.name, t.bytes, t.sha256, len(t.samples), os.path.abspath(t.path)) for t in tars)
-        segment = Segment(number, split, image, text, views, sources, parquet, digest="")
-        segment = replace(segment, digest=segment_digest(_to_json(segment)))
-        write_file(temporary / "segment.json", pretty_json(_to_json(segment)))
-        with storage_errors(final):
-            try:
-                os.rename(temporary, final)
-            except OSError as error:
-                if final.exists():
-                    raise AnotherWriter(
-                        f"another process added segment {number} to {root} meanwhile", "run the same command again"
-                    ) from error
-                raise
-            sync_dir(final.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    files = {"samples.parquet": _parquet_bytes(samples), "captions.parquet": _parquet_bytes(captions)}
+    parquet = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    sources = tuple(
+        Source(t.name, t.bytes, t.sha256, len(t.samples), os.path.abspath(t.path), t.truncated_at) for t in tars
+    )
+    segment = Segment(number, split, image, text, views, sources, parquet, digest="")
+    segment = replace(segment, digest=segment_digest(_to_json(segment)))
+    record = _to_json(segment)
+    files[SEGMENT_JSON] = pretty_json(record | {"record_digest": hashlib.sha256(canonical_json(record)).hexdigest()})
+    if not store.create_folder(segment_dir(number), files):
+        raise AnotherWriter(
+            f"another process added segment {number} to {store.url} meanwhile", "run the same command again"
+        )
     return segment
 
 
@@ -274,6 +269,7 @@ def _to_json(segment: Segment) -> dict[str, Any]:
         "views": segment.views.to_json(),
         "sources": [
             {"tar": s.tar, "bytes": s.bytes, "sha256": s.sha256, "samples": s.samples, "path": s.path}
+            | ({} if s.truncated is None else {"truncated": s.truncated})
             for s in segment.sources
         ],
         "parquet": segment.parquet,
@@ -281,40 +277,55 @@ def _to_json(segment: Segment) -> dict[str, Any]:
     }
 
 
-def _read_segment(root: Path, number: int) -> Segment:
-    path = root / segment_dir(number) / "segment.json"
+def read_segment(store: Store, number: int) -> Segment:
+    """One segment's record. Raises CorruptCache for one that does not hold together."""
+    path = f"{segment_dir(number)}/{SEGMENT_JSON}"
     try:
-        record = json.loads(path.read_bytes())
+        record = loads(store.read(path))
+        content = {key: value for key, value in record.items() if key != "record_digest"}
+        actual = hashlib.sha256(canonical_json(content)).hexdigest()
+        if record.get("record_digest", actual) != actual:  # caches of emkum 0.1 have none
+            raise ValueError(f"it was altered: its digest is {actual[:12]}..., it states {record['record_digest']}")
         segment = Segment(
             record["segment"],
             record["split"],
             Span(record["image"]["first_row"], record["image"]["rows"]),
             Span(record["text"]["first_row"], record["text"]["rows"]),
             ViewPolicy.from_json(record["views"]),
-            tuple(Source(s["tar"], s["bytes"], s["sha256"], s["samples"], s["path"]) for s in record["sources"]),
+            tuple(
+                Source(s["tar"], s["bytes"], s["sha256"], s["samples"], s["path"], s.get("truncated"))
+                for s in record["sources"]
+            ),
             record["parquet"],
             record["digest"],
         )
         expected = segment_digest(record)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCache(f"{path} cannot be read: {error}", "restore it from a copy of the cache") from error
-    if expected != segment.digest or segment.number != number:
+        if expected != segment.digest or segment.number != number:
+            raise ValueError(f"its contents have digest {expected[:12]}..., it states {str(segment.digest)[:12]}...")
+        for span in (segment.image, segment.text):
+            if any(type(n) is not int or not 0 <= n <= MAX_ROWS for n in (span.first_row, span.rows)):
+                raise ValueError(f"it states rows {span.first_row} and {span.rows}")
+        if set(segment.parquet) != {"samples.parquet", "captions.parquet"}:
+            raise ValueError(f"it lists {sorted(segment.parquet)}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
         raise CorruptCache(
-            f"{path} was altered: its contents have digest {expected[:12]}..., it states {segment.digest[:12]}...",
-            "restore it from a copy of the cache",
-        )
+            f"{store.where(path)} cannot be trusted: {error}", "restore it from a copy of the cache"
+        ) from error
     return segment
 
 
-def _read_table(root: Path, segment: Segment, name: str, schema: pa.Schema) -> pa.Table:
-    path = root / segment_dir(segment.number) / name
+def _read_table(store: Store, segment: Segment, name: str, schema: pa.Schema) -> pa.Table:
+    path = f"{segment_dir(segment.number)}/{name}"
+    rows = sum(s.samples for s in segment.sources) if name == "samples.parquet" else segment.text.rows
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CorruptCache(f"{path} cannot be read: {error}", "restore it from a copy of the cache") from error
-    if hashlib.sha256(data).hexdigest() != segment.parquet[name]:
+        data = store.read(path)
+        if hashlib.sha256(data).hexdigest() != segment.parquet[name]:
+            raise ValueError(f"it has {len(data)} bytes whose sha256 is not the one segment.json states")
+        file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+        if file.metadata.num_rows != rows or not file.schema_arrow.equals(schema):
+            raise ValueError(f"it states {file.metadata.num_rows} lines, segment.json {rows}; or other columns")
+        return file.read()
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise CorruptCache(
-            f"{path} has {len(data)} bytes whose sha256 is not the one segment.json states",
-            "restore it from a copy of the cache",
-        )
-    return pq.read_table(io.BytesIO(data), schema=schema, page_checksum_verification=True)
+            f"{store.where(path)} cannot be trusted: {error}", "restore it from a copy of the cache"
+        ) from error

@@ -14,9 +14,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, Literal, NoReturn, TypeAlias
 
 from braceexpand import braceexpand
 
@@ -36,6 +37,8 @@ TEXT_EXTS = frozenset({"json", "txt", "cls"})
 USED_EXTS = IMAGE_EXTS | TEXT_EXTS
 
 MAX_TEXT_BYTES = 16 << 20
+MAX_JSON_BYTES = 4 << 20  # "[[],[],..." takes 25 times as much once it is parsed
+MAX_NAME_CHARACTERS = 4096  # what Linux allows a path
 MAX_EXTENDED_HEADER_BYTES = 1 << 20
 MAX_PADDING_BYTES = 1 << 20  # zeros after the end-of-archive marker; tar writes 10,240 or one record (-b)
 MAX_BRACE_PATHS = 1_000_000
@@ -53,6 +56,7 @@ _REFUSED_TYPES = {
     tarfile.FIFOTYPE: "a FIFO",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
+_SPARSE = "GNU.sparse."
 _COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
     b"BZh": ("bzip2", "bunzip2"),
@@ -66,6 +70,8 @@ _EXPECTED = (
     "emkum reads WebDataset tars on a local disk (KEY.jpg with KEY.txt or KEY.json, as in 00000.tar): "
     "write them with `img2dataset --output_format webdataset`, or try `emkum demo`, which makes its own"
 )
+OnTruncated: TypeAlias = Literal["error", "keep-complete"]
+
 _COPY_AGAIN = "copy or write the tar again and compare its size with the original's"
 _TAR_AGAIN = "write the tar again, sorted by name: tar --sort=name -cf NEW.tar -C FOLDER ."
 
@@ -98,6 +104,8 @@ class SourceTar:
     name: its identity, the file's name without folders. bytes, sha256: of the whole file. samples: in the tar's order.
     ignored: members that are not used, counted by extension ("(hidden)", "(meta)" for names like .x and __x__).
     filtered: keys without picture and without caption, which are not in `samples`.
+    truncated_at: None for a whole tar; else the byte at which the file ends too early, and `samples` are only those
+    known to be complete. missing_eof: the tar lacks nothing but its end-of-archive marker, and that was allowed.
     """
 
     path: str
@@ -107,6 +115,8 @@ class SourceTar:
     samples: tuple[SourceSample, ...]
     ignored: Mapping[str, int]
     filtered: int
+    truncated_at: int | None = None
+    missing_eof: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,6 +147,7 @@ def find_tars(patterns: Sequence[str]) -> list[str]:
 
 
 def _expand(pattern: str) -> list[str]:
+    _require_path(pattern)
     if re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*://", pattern):
         raise UsageError(
             f"{pattern!r} is not a local path", "emkum reads local tars only: download them first, then name the files"
@@ -154,6 +165,16 @@ def _expand(pattern: str) -> list[str]:
             what += f" ({len(missing)} of the {len(paths)} that {pattern} names are missing)"
         raise NoData(what, _EXPECTED)
     return [found for path in paths for found in _expand_one(path)]
+
+
+def _require_path(path: str) -> None:
+    """Raises UsageError for text that no file can be called by: Python would answer with a bare ValueError."""
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise UsageError(f"{path!a} cannot be the name of a file", "name folders, files, globs or braces")
 
 
 def _braces(pattern: str) -> list[str]:
@@ -206,26 +227,42 @@ def _what_else(paths: Sequence[str]) -> str:
 # Scanning
 
 
-def scan_tars(paths: Sequence[str], threads: int = 2) -> list[SourceTar]:
+def scan_tars(
+    paths: Sequence[str],
+    threads: int = 2,
+    *,
+    on_truncated: OnTruncated = "error",
+    allow_missing_eof: bool = False,
+) -> list[SourceTar]:
     """`scan_tar` of each path, in order, several at a time. Raises the error of the first bad tar in that order."""
     names = Counter(os.path.basename(path) for path in paths)
     twice = next((name for name, count in names.items() if count > 1), None)
     if twice is not None:
         raise UsageError(f"two tars are named {twice}", "a tar's name is its identity in the cache: rename one of them")
     with ThreadPoolExecutor(max(1, threads), thread_name_prefix="scan") as pool:
-        futures = [pool.submit(scan_tar, path) for path in paths]
+        scan = partial(scan_tar, on_truncated=on_truncated, allow_missing_eof=allow_missing_eof)
+        futures = [pool.submit(scan, path) for path in paths]
         try:
             return [future.result() for future in futures]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def scan_tar(path: str, name: str | None = None) -> SourceTar:
+def scan_tar(
+    path: str, name: str | None = None, *, on_truncated: OnTruncated = "error", allow_missing_eof: bool = False
+) -> SourceTar:
     """Read a tar once, from its first byte to its last: its samples, its SHA-256, and every breach of docs/data.md.
 
     Picture bytes are hashed and passed over, never held. Raises TruncatedTar, SplitKey, DuplicateKey or BadTar, each
     naming the tar and the byte offset; NoData for a path that is not there; StorageFailure when reading fails.
+
+    on_truncated: "keep-complete" keeps the samples of a truncated tar that are known to be complete, those followed by
+    a whole header of another key, and says so in `truncated_at`. A file that ends within its first header, of which
+    nothing shows that it was a tar, is refused all the same.
+    allow_missing_eof: take a tar as whole, its last sample included, that ends right after a member (padded to 512
+    bytes) or after the first of its two closing blocks.
     """
+    _require_path(path)
     name = os.path.basename(path) if name is None else name
     if not _is_plain(name):
         raise UsageError(f"{name!a} is no name for a tar", "rename it: UTF-8, no control characters")
@@ -233,7 +270,7 @@ def scan_tar(path: str, name: str | None = None) -> SourceTar:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UsageError(f"{path} is not a file", _EXPECTED)
         with open(path, "rb", buffering=0) as file:
-            return _Scan(path, name, file).run()
+            return _Scan(path, name, file).run(on_truncated, allow_missing_eof)
     except FileNotFoundError:
         raise NoData(f"no file {path}", _EXPECTED) from None
     except OSError as error:
@@ -380,12 +417,13 @@ class _Scan:
         self.stream = _Stream(file, self.file_bytes)
         self.samples: list[SourceSample] = []
         self.ignored: Counter[str] = Counter()
-        self.num_keys = 0
         self.filtered = 0
         self.group: _Group | None = None
         self.seen: dict[str, tuple[int, tuple[str, ...]]] = {}  # key -> where its run began, the extensions in it
+        self.num_headers = 0
+        self.whole_ends: tuple[int, ...] = ()  # ending there, the file would lack nothing but end-of-archive
 
-    def run(self) -> SourceTar:
+    def run(self, on_truncated: OnTruncated, allow_missing_eof: bool) -> SourceTar:
         if self.file_bytes == 0:
             raise TruncatedTar(f"{self.path} is empty (0 bytes)", _COPY_AGAIN)
         start = os.pread(self.fd, 8, 0)
@@ -399,18 +437,33 @@ class _Scan:
             for member in self.members():
                 self.add(member)
         except _EndOfFile:
-            raise TruncatedTar(
-                f"{self.path} ends at byte {self.stream.position} without an end-of-archive marker, "
-                f"after {self.num_keys} complete samples",
-                _COPY_AGAIN,
-            ) from None
+            self.check_unchanged()
+            if allow_missing_eof and self.file_bytes in self.whole_ends:
+                self.close_group()
+                return replace(self.found(), missing_eof=True)
+            if on_truncated == "keep-complete" and self.num_headers:
+                return replace(self.found(), truncated_at=self.file_bytes)
+            raise self.truncated() from None
         self.close_group()
         self.check_end()
+        return self.found()
+
+    def found(self) -> SourceTar:
         ignored = dict(sorted(self.ignored.items()))
         sha256 = self.stream.sha256
-        return SourceTar(
-            self.path, self.name, self.stream.position, sha256, tuple(self.samples), ignored, self.filtered
-        )
+        return SourceTar(self.path, self.name, self.file_bytes, sha256, tuple(self.samples), ignored, self.filtered)
+
+    def truncated(self) -> TruncatedTar:
+        way_out = _COPY_AGAIN
+        if self.num_headers:
+            way_out += "; --on-truncated keep-complete keeps its complete samples"
+        if self.file_bytes in self.whole_ends:
+            way_out += "; no member is cut, so --allow-missing-eof takes it as whole"
+        what = f"{self.path} ends at byte {self.file_bytes} without end-of-archive; {self.num_complete()}"
+        return TruncatedTar(what, way_out)
+
+    def num_complete(self) -> str:
+        return f"{len(self.samples)} complete sample{'' if len(self.samples) == 1 else 's'}"
 
     # Headers
 
@@ -418,13 +471,15 @@ class _Scan:
         """The regular files, up to the end-of-archive marker. Between two of them the stream moves past the data."""
         stream = self.stream
         long_name: str | None = None
-        of_all: dict[str, str] = {}
-        of_next: dict[str, str] = {}
+        pax: dict[str, str] | None = None
         first: int | None = None  # where the headers of the coming member begin
         while True:
             header = stream.position
+            self.whole_ends = (header,) if header and first is None else ()
             block = stream.take(_BLOCK)
             if block == _ZEROS:
+                if self.whole_ends:
+                    self.whole_ends = (header, header + _BLOCK)
                 if stream.take(_BLOCK) != _ZEROS:
                     self.bad(header, "a lone block of zeros where a header or two such blocks should be", _COPY_AGAIN)
                 if first is not None:
@@ -432,19 +487,26 @@ class _Scan:
                 return
             name, size, kind = self.parse_header(header, block)
             data = stream.position
-            if kind in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+            if kind == tarfile.GNUTYPE_LONGNAME:
+                self.only_one(header, long_name)
                 raw = self.extended_header(header, size)
-                if kind == tarfile.GNUTYPE_LONGNAME:
-                    long_name = raw.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+                long_name = raw.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+            elif kind == tarfile.GNUTYPE_LONGLINK:
+                self.extended_header(header, size)
             elif kind in _PAX_TYPES:
-                of_next = self.pax_records(header, self.extended_header(header, size))
+                self.only_one(header, pax)
+                pax = self.pax_records(header, self.extended_header(header, size))
             elif kind == tarfile.XGLTYPE:
-                of_all.update(self.pax_records(header, self.extended_header(header, size)))
+                self.check_global(header, self.pax_records(header, self.extended_header(header, size)))
                 continue
             else:
-                pax = of_all | of_next
+                pax = pax or {}
+                self.only_one(header, None if long_name is None else pax.get("path"))
                 name = pax.get("path", name if long_name is None else long_name)
-                if any(key.startswith("GNU.sparse.") for key in pax):
+                if len(name) > MAX_NAME_CHARACTERS:
+                    what = f"a member name of {len(name)} characters; at most {MAX_NAME_CHARACTERS} are read"
+                    self.bad(header, what, "rename the member")
+                if _SPARSE in pax:
                     self.refuse_type(header, name, tarfile.GNUTYPE_SPARSE)
                 if kind in _REGULAR_TYPES:
                     size = self.pax_size(header, pax) if "size" in pax else size
@@ -454,7 +516,7 @@ class _Scan:
                     stream.skip_to(data + _whole_blocks(size))
                 elif kind != tarfile.DIRTYPE:
                     self.refuse_type(header, name, kind)
-                long_name, of_next, first = None, {}, None
+                long_name, pax, first = None, None, None
                 continue
             first = header if first is None else first
 
@@ -462,14 +524,15 @@ class _Scan:
         """Name, size and type of a header."""
         plain = plain_header(block)
         if plain is not None:
+            self.num_headers += 1
             return plain
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             if offset == 0:
                 raise BadTar(f"{self.path} is not a tar: no valid header at byte 0", _EXPECTED) from None
-            what = f"no valid tar header ({error}), after {self.num_keys} complete samples"
-            self.bad(offset, what, _COPY_AGAIN)
+            self.bad(offset, f"no valid tar header ({error}), after {self.num_complete()}", _COPY_AGAIN)
+        self.num_headers += 1
         return info.name, info.size, info.type
 
     def extended_header(self, header: int, size: int) -> bytes:
@@ -479,8 +542,17 @@ class _Scan:
             )
         return self.stream.take(_whole_blocks(size))[:size]
 
+    def only_one(self, header: int, other: object) -> None:
+        """Readers disagree on which of two names or sizes a member has: none is right."""
+        if other is not None:
+            self.bad(header, "two extended headers for one member", _TAR_AGAIN)
+
+    def check_global(self, header: int, pax: Mapping[str, str]) -> None:
+        if pax:
+            self.bad(header, f"a global pax header sets {min(pax)!a} of all members", _TAR_AGAIN)
+
     def pax_records(self, header: int, raw: bytes) -> dict[str, str]:
-        """The records "LENGTH KEY=VALUE\\n" of a pax header, LENGTH counting the whole record."""
+        """What a pax header says of path, size and sparseness, in records "LENGTH KEY=VALUE\\n" of LENGTH bytes."""
         records: dict[str, str] = {}
         at = 0
         while at < len(raw):
@@ -489,7 +561,10 @@ class _Scan:
             key, equals, value = raw[at + len(length) + 1 : end - 1].partition(b"=")
             if not at + len(length) + 1 < end <= len(raw) or raw[end - 1 : end] != b"\n" or not equals:
                 self.bad(header, "a malformed pax header", _TAR_AGAIN)
-            records[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+            if key in (b"path", b"size"):
+                records[key.decode()] = value.decode("utf-8", "surrogateescape")
+            elif key.startswith(_SPARSE.encode()):
+                records[_SPARSE] = ""
             at = end
         return records
 
@@ -588,7 +663,6 @@ class _Scan:
         if self.group is None:
             return
         self.seen[self.group.key] = (self.group.header, tuple(self.group.exts))
-        self.num_keys += 1
         sample = self.group.sample()
         if sample is None:
             self.filtered += 1
@@ -599,10 +673,9 @@ class _Scan:
     def read_text(self, group: _Group, ext: str, member: _Member) -> None:
         """Take captions and label from a json, txt or cls member."""
         where = f"{ext} of key {group.key!r}"
-        if member.size > MAX_TEXT_BYTES:
-            self.bad(
-                member.header, f"the {where} has {member.size} bytes; at most {MAX_TEXT_BYTES} are read", "shorten it"
-            )
+        limit = MAX_JSON_BYTES if ext == "json" else MAX_TEXT_BYTES
+        if member.size > limit:
+            self.bad(member.header, f"the {where} has {member.size} bytes; at most {limit} are read", "shorten it")
         raw = self.stream.take(member.size)
         try:
             text = raw.decode("utf-8-sig")
@@ -634,11 +707,7 @@ class _Scan:
     def check_end(self) -> None:
         marker = self.stream.position - 2 * _BLOCK
         zero = self.stream.rest_is_zero()
-        if self.stream.position != self.file_bytes:
-            raise BadTar(
-                f"{self.path} changed while it was read: {self.file_bytes} bytes, then {self.stream.position}",
-                "wait until it is written, then try again",
-            )
+        self.check_unchanged()
         if not zero:
             self.bad(
                 marker,
@@ -652,6 +721,13 @@ class _Scan:
                 f"{padding} bytes of zeros follow the end-of-archive marker, more than any tar program writes: "
                 "a hole left by a crash or a broken copy",
                 _COPY_AGAIN,
+            )
+
+    def check_unchanged(self) -> None:
+        if self.stream.position != self.file_bytes:
+            raise BadTar(
+                f"{self.path} changed while it was read: {self.file_bytes} bytes, then {self.stream.position}",
+                "wait until it is written, then try again",
             )
 
     def bad(self, offset: int, what: str, way_out: str) -> NoReturn:

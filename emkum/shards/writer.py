@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import hashlib
 import struct
 import uuid as uuid_module
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,22 +15,25 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from emkum.errors import CorruptCache, FingerprintMismatch, IdentityMismatch, NewerFormat, NotACache
+from emkum.errors import ClaimLost, CorruptCache, FingerprintMismatch, IdentityMismatch, NewerFormat, NotACache
 from emkum.shards.codec import Encoded, Summary
-from emkum.shards.durable import DurableFile, sweep_temporaries, write_file
 from emkum.shards.fingerprint import Fingerprint, require_same
 from emkum.shards.layout import (
     DEFAULT_ROWS_PER_BLOCK,
     FORMAT,
+    MAX_ROWS_PER_BLOCK,
     RECORDS,
     ArraySpec,
     FieldSpec,
     array_metadata,
+    canonical_json,
     field_from_record,
     field_record_path,
     group_metadata,
+    model_dir,
     object_path,
     pretty_json,
+    receipt_path,
     root_metadata,
 )
 from emkum.shards.ledger import (
@@ -38,89 +42,121 @@ from emkum.shards.ledger import (
     Receipt,
     read_field_record,
     read_receipts,
+    receipt_bytes,
     with_digest,
     write_receipt,
 )
 from emkum.shards.segments import Segment, Span, append_segment, read_segments
+from emkum.shards.store import Store, exists, open_store, sha256_of
+from emkum.shards.strict_json import loads
 from emkum.shards.tars import SourceTar
 from emkum.shards.views import ViewPolicy
 
 ABSENT = 2**64 - 1
-STALE_SECONDS = 24 * 3600.0
+NETWORK_FILES = "files.json"
 
 
-def read_root(path: Path) -> tuple[str, int]:
-    """(uuid, rows per block) of the cache at `path`. Raises NotACache, NewerFormat, CorruptCache."""
-    meta = path / "zarr.json"
-    if not meta.is_file():
+def read_root(store: Store) -> tuple[str, int]:
+    """(uuid, rows per block) of a cache. Raises NotACache, NewerFormat, CorruptCache."""
+    try:
+        data = store.read("zarr.json")
+    except FileNotFoundError:
+        if "segments" in store.list(RECORDS):
+            raise CorruptCache(f"{store.where('zarr.json')} is missing", _RESTORE) from None
         raise NotACache(
-            f"{path} holds no emkum cache (no zarr.json)",
+            f"{store.url} holds no emkum cache (no zarr.json)",
             "make one with `emkum extract`, or point --cache at the right folder",
-        )
+        ) from None
     try:
-        attributes = json.loads(meta.read_bytes())["attributes"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptCache(f"{meta} cannot be read: {error}", "restore it from a copy of the cache") from error
+        attributes = loads(data)["attributes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptCache(f"{store.where('zarr.json')} cannot be read: {error}", _RESTORE) from error
     if not isinstance(attributes, dict) or not isinstance(attributes.get("emkum"), dict):
-        raise NotACache(f"{path} is a Zarr group, but not an emkum cache", "point --cache at another folder")
+        raise NotACache(f"{store.url} is a Zarr group, but not an emkum cache", "point --cache at another folder")
     ours = attributes["emkum"]
-    if not isinstance(ours.get("format"), int):
-        raise CorruptCache(f"{meta} states no format version", "restore it from a copy of the cache")
-    if ours["format"] > FORMAT:
-        raise NewerFormat(
-            f"{path} has cache format {ours['format']}; this emkum reads up to {FORMAT}",
-            "use the newer emkum that wrote it: pip install --upgrade emkum",
-        )
     try:
-        return str(ours["uuid"]), int(ours["rows_per_block"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptCache(f"{meta} lacks {error}", "restore it from a copy of the cache") from error
+        format_version, uuid, rows = ours["format"], ours["uuid"], ours["rows_per_block"]
+        sealed = {key: value for key, value in ours.items() if key != "digest"}
+        actual = hashlib.sha256(canonical_json(sealed)).hexdigest()
+        if type(format_version) is int and format_version > FORMAT:
+            raise NewerFormat(
+                f"{store.url} has cache format {format_version}; this emkum reads up to {FORMAT}"
+                + ("" if ours.get("digest", actual) == actual else " (or zarr.json is damaged: its digest disagrees)"),
+                "use the newer emkum that wrote it: pip install --upgrade emkum",
+            )
+        if ours.get("digest", actual) != actual:  # caches of emkum 0.1 have none
+            raise ValueError(f"it was altered: its digest is {actual[:12]}..., it states {str(ours['digest'])[:12]}...")
+        if type(format_version) is not int:
+            raise ValueError(f"it states format {format_version!r}")
+        if type(rows) is not int or not 0 < rows <= MAX_ROWS_PER_BLOCK or rows % 16 or not isinstance(uuid, str):
+            raise ValueError(f"it states blocks of {rows!r} rows and uuid {uuid!r}")
+    except (KeyError, ValueError, TypeError) as error:
+        raise CorruptCache(f"{store.where('zarr.json')} cannot be trusted: {error}", _RESTORE) from error
+    return uuid, rows
+
+
+_RESTORE = "restore it from a copy of the cache"
+
+
+def require_cache_or_empty(store: Store) -> bool:
+    """Whether a cache lies there. Raises NotACache, and changes nothing, where something else does."""
+    found = store.list("")
+    if "zarr.json" in found:
+        return True
+    if "segments" in store.list(RECORDS):
+        raise CorruptCache(f"{store.where('zarr.json')} is missing", _RESTORE)
+    ours = (RECORDS, "lost+found")
+    if any(name not in ours and not name.startswith(".") for name in found):
+        raise NotACache(
+            f"{store.url} is not empty and holds no emkum cache",
+            "choose another folder with --cache; nothing in it was changed",
+        )
+    return False
 
 
 class CacheWriter:
-    """The only writer of a cache folder. Opens it, or creates it with `rows_per_block`.
+    """The only planner of a cache. Opens it, or creates it with `rows_per_block`.
 
-    Whoever writes from several processes holds a `claim.WriterClaim` meanwhile.
-    Raises NotACache, NewerFormat, CorruptCache; IdentityMismatch if the cache has other blocks.
+    Whoever writes from several processes holds `claims.Claims.planning` meanwhile, and a claim on every block it
+    commits. Raises NotACache, NewerFormat, CorruptCache; IdentityMismatch if the cache has other blocks.
     """
 
-    def __init__(self, path: Path | str, rows_per_block: int | None = None) -> None:
-        self.path = Path(path)
-        if not (self.path / "zarr.json").exists():
+    def __init__(self, place: Store | Path | str, rows_per_block: int | None = None) -> None:
+        self.store = open_store(place)
+        self.path = self.store.local or self.store.url
+        if not require_cache_or_empty(self.store):
             self._create(rows_per_block)
-        self.uuid, self.rows_per_block = read_root(self.path)
-        self.segments = read_segments(self.path)
+        self.uuid, self.rows_per_block = read_root(self.store)
+        self.segments = read_segments(self.store)
         if rows_per_block not in (None, self.rows_per_block):
             if self.segments:
                 raise IdentityMismatch(
-                    f"{self.path} has blocks of {self.rows_per_block} rows; this run asks for {rows_per_block}",
+                    f"{self.store.url} has blocks of {self.rows_per_block} rows; this run asks for {rows_per_block}",
                     "leave --rows-per-block out, or write to another folder with --cache",
                 )
             self._create(rows_per_block)  # nothing is in it yet
-            self.uuid, self.rows_per_block = read_root(self.path)
-        sweep_temporaries(self.path, STALE_SECONDS)
+            self.uuid, self.rows_per_block = read_root(self.store)
 
     def _create(self, rows_per_block: int | None) -> None:
-        found = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
-        ours = ("zarr.json", RECORDS, "lost+found")
-        if any(name not in ours and not name.startswith(".") for name in found):
-            raise NotACache(
-                f"{self.path} is not empty and holds no emkum cache",
-                "choose another folder with --cache; nothing in it was changed",
-            )
         rows = rows_per_block or DEFAULT_ROWS_PER_BLOCK
-        write_file(self.path / "zarr.json", pretty_json(root_metadata(uuid_module.uuid4().hex, rows)))
+        self.store.write("zarr.json", pretty_json(root_metadata(uuid_module.uuid4().hex, rows)))
+
+    def keep_network(self, name: str, files: Mapping[str, bytes]) -> None:
+        """Keeps a frozen network's files, unless one of this name is kept; files.json says what they must be."""
+        listed = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in files.items()}
+        record = {NETWORK_FILES: pretty_json(with_digest({"files": listed}))}
+        self.store.create_folder(model_dir(name), dict(files) | record)
 
     def append_segment(self, split: str, views: ViewPolicy, tars: Sequence[SourceTar]) -> Segment:
         """Adds the samples of `tars`; rows exist from now on, their blocks are committed one by one."""
-        segment = append_segment(self.path, self.segments, split, views, tars, self.rows_per_block)
+        segment = append_segment(self.store, self.segments, split, views, tars, self.rows_per_block)
         self.segments.append(segment)
         return segment
 
     def field_record(self, name: str) -> dict[str, Any] | None:
         """The record of a field that exists, or None."""
-        path = self.path / field_record_path(name)
-        return read_field_record(path) if path.exists() else None
+        path = field_record_path(name)
+        return read_field_record(self.store, path) if exists(self.store, path) else None
 
     def declare_field(
         self,
@@ -136,11 +172,11 @@ class CacheWriter:
         """
         record = self.field_record(field.name)
         if record is not None:
-            require_same(field.name, record["fingerprint"], fingerprint, str(self.path))
+            require_same(field.name, record["fingerprint"], fingerprint, self.store.url)
             if field_from_record(record) != field:
+                cached = field_from_record(record).row_shape
                 raise FingerprintMismatch(
-                    f"{self.path} field {field.name} holds rows of {field_from_record(record).row_shape}; this run "
-                    f"gives {field.row_shape}",
+                    f"{self.store.url} field {field.name} holds rows of {cached}; this run gives {field.row_shape}",
                     "write to another folder with --cache",
                 )
             return
@@ -162,7 +198,7 @@ class CacheWriter:
             "statistics": static,
             "environment": environment,
         }
-        write_file(self.path / field_record_path(field.name), pretty_json(with_digest(record)))
+        self.store.write(field_record_path(field.name), pretty_json(with_digest(record)))
 
     def grow_field(self, field: FieldSpec, num_views: int) -> None:
         """Writes or widens the Zarr metadata of a declared field so that it covers all segments."""
@@ -170,49 +206,83 @@ class CacheWriter:
         num_blocks = last.blocks(self.rows_per_block).stop
         record = self.field_record(field.name)
         assert record is not None
-        folder = self.path
+        folder = ""
         for part in field.name.split("/")[:-1]:
-            folder = folder / part
-            if not (folder / "zarr.json").exists():
-                write_file(folder / "zarr.json", pretty_json(group_metadata()))
+            folder += f"{part}/"
+            if not exists(self.store, f"{folder}zarr.json"):
+                self.store.write(f"{folder}zarr.json", pretty_json(group_metadata()))
         attributes = {"emkum": {"field": field.name, "fingerprint_digest": record["fingerprint_digest"]}}
-        _write_if_other(self.path / field.name / "zarr.json", pretty_json(group_metadata(attributes)))
+        self._write_if_other(f"{field.name}/zarr.json", pretty_json(group_metadata(attributes)))
         for array in field.arrays:
             if array.per_row:
                 self._write_array_metadata(field, array, num_blocks, num_views)
 
     def receipts(self, field: str) -> dict[tuple[int, int], Receipt]:
-        return read_receipts(self.path, field)
+        """The field's committed blocks, by (block, view)."""
+        found = read_receipts(self.store, field)
+        record = self.field_record(field) if found else None
+        for receipt in found.values():
+            if record is not None and receipt.fingerprint_digest != record["fingerprint_digest"]:
+                raise CorruptCache(
+                    f"receipt of {field} block {receipt.block}-{receipt.view} belongs to fingerprint "
+                    f"{receipt.fingerprint_digest[:12]}..., the field has {record['fingerprint_digest'][:12]}...",
+                    f"`emkum cache repair {self.store.url}` drops it; the same extract command redoes its block",
+                )
+        return found
 
-    def block(self, field: FieldSpec, segment: Segment, block: int, view: int) -> BlockWriter:
-        """A writer of one block of one view, for the rows of `segment` in it."""
+    def is_committed(self, field: str, block: int, view: int) -> bool:
+        return exists(self.store, receipt_path(field, block, view))
+
+    def block(
+        self, field: FieldSpec, segment: Segment, block: int, view: int, check: Callable[[], None] = lambda: None
+    ) -> BlockWriter:
+        """A writer of one block of one view, for the rows of `segment` in it.
+
+        check: called before everything that is made durable; raises ClaimLost to stop it.
+        """
         record = self.field_record(field.name)
         assert record is not None, f"{field.name} was not declared"
-        return BlockWriter(self, field, segment, block, view, record["fingerprint_digest"])
+        return BlockWriter(self, field, segment, block, view, record["fingerprint_digest"], check)
 
     def _write_array_metadata(self, field: FieldSpec, array: ArraySpec, num_blocks: int, num_views: int) -> None:
-        path = self.path / field.name / array.name / "zarr.json"
-        if array.per_row and path.exists():
+        path = f"{field.name}/{array.name}/zarr.json"
+        if array.per_row and exists(self.store, path):
             try:
-                shape = [int(extent) for extent in json.loads(path.read_bytes())["shape"]]
+                shape = [int(extent) for extent in loads(self.store.read(path))["shape"]]
                 num_blocks = max(num_blocks, shape[0] // self.rows_per_block)
                 num_views = max(num_views, shape[1]) if field.has_views else num_views
             except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
                 raise CorruptCache(
-                    f"{path} cannot be read: {error}", "delete this one file; the same command writes it again"
+                    f"{self.store.where(path)} cannot be read: {error}",
+                    f"`emkum cache repair {self.store.url}` writes it again",
                 ) from error
         metadata = array_metadata(field, array, num_blocks, num_views, self.rows_per_block)
-        _write_if_other(path, pretty_json(metadata))
+        self._write_if_other(path, pretty_json(metadata))
+
+    def _write_if_other(self, path: str, data: bytes) -> None:
+        try:
+            same = self.store.read(path) == data
+        except FileNotFoundError:
+            same = False
+        if not same:
+            self.store.write(path, data)
 
     def _write_chunk(
-        self, field: FieldSpec, array: ArraySpec, values: np.ndarray, block: int, view: int
+        self,
+        field: FieldSpec,
+        array: ArraySpec,
+        values: np.ndarray,
+        block: int,
+        view: int,
+        check: Callable[[], None] = lambda: None,
     ) -> CommittedObject:
         """One unsharded object: the little-endian bytes and their crc32c."""
         path = object_path(field, array, block, view)
         data = np.ascontiguousarray(values, dtype=np.dtype(array.dtype).newbyteorder("<")).tobytes()
-        with DurableFile(self.path / path) as file:
+        with self.store.writer(path) as file:
             file.write(data)
             file.write(struct.pack("<I", google_crc32c.value(data)))
+            check()
             return CommittedObject(path, file.num_bytes, file.commit())
 
 
@@ -224,9 +294,16 @@ class BlockWriter:
     """
 
     def __init__(
-        self, cache: CacheWriter, field: FieldSpec, segment: Segment, block: int, view: int, fingerprint_digest: str
+        self,
+        cache: CacheWriter,
+        field: FieldSpec,
+        segment: Segment,
+        block: int,
+        view: int,
+        fingerprint_digest: str,
+        check: Callable[[], None],
     ) -> None:
-        self._cache, self._field, self._segment = cache, field, segment
+        self._cache, self._field, self._segment, self._check = cache, field, segment, check
         self._block, self._view, self._fingerprint_digest = block, view, fingerprint_digest
         span: Span = segment.span(field.space)
         self._first_row, self._num_rows = span.block_rows(block, cache.rows_per_block)
@@ -239,10 +316,9 @@ class BlockWriter:
             for array in field.arrays
             if array.per_row and array.inner is None
         }
-        self._shard: DurableFile | None = None
+        self._shard = None
         if self._values.inner is not None:
-            path = cache.path / object_path(field, self._values, block, view)
-            self._shard = DurableFile(path)
+            self._shard = cache.store.writer(object_path(field, self._values, block, view))
             self._index = np.full((cache.rows_per_block, self._values.tiles, 2), ABSENT, dtype="<u8")
 
     def append(self, rows: Encoded) -> None:
@@ -284,7 +360,10 @@ class BlockWriter:
         self._row += 1
 
     def commit(self) -> Receipt:
-        """Makes the block's objects durable, then its receipt. The block exists once this returns."""
+        """Makes the block's objects durable, then its receipt. The block exists once this returns.
+
+        Raises ClaimLost, and commits nothing more, if another process works on the block by now.
+        """
         assert self._row == self._num_rows, f"{self._field.name}: {self._row} of {self._num_rows} rows were given"
         objects = []
         if self._shard is not None:
@@ -292,10 +371,12 @@ class BlockWriter:
             self._shard.write(index)
             self._shard.write(struct.pack("<I", google_crc32c.value(index)))
             path = object_path(self._field, self._values, self._block, self._view)
+            self._check()
             objects.append(CommittedObject(path, self._shard.num_bytes, self._shard.commit()))
         for name, values in self._plain.items():
             array = self._field.array(name)
-            objects.append(self._cache._write_chunk(self._field, array, values, self._block, self._view))
+            chunk = self._cache._write_chunk(self._field, array, values, self._block, self._view, self._check)
+            objects.append(chunk)
         receipt = Receipt(
             self._field.name,
             self._block,
@@ -309,8 +390,29 @@ class BlockWriter:
             _error(self._field, self._summary),
             tuple(self._quarantined),
         )
-        write_receipt(self._cache.path, receipt)
+        self._check()
+        if not write_receipt(self._cache.store, receipt):
+            self._check()  # whoever wrote the other receipt had lost the claim: the objects that lie there are ours
+            self._cache.store.write(self._receipt_path, receipt_bytes(receipt))
+        try:
+            self._check()
+        except ClaimLost:
+            self._withdraw_if_overwritten(receipt)
+            raise
         return receipt
+
+    @property
+    def _receipt_path(self) -> str:
+        return receipt_path(self._field.name, self._block, self._view)
+
+    def _withdraw_if_overwritten(self, receipt: Receipt) -> None:
+        """The claim was lost while the receipt was written: it may stay only if the objects are those it lists."""
+        store = self._cache.store
+        with contextlib.suppress(FileNotFoundError):
+            if all(sha256_of(store, listed.path) == (listed.bytes, listed.sha256) for listed in receipt.objects):
+                return
+            if store.read(self._receipt_path) == receipt_bytes(receipt):
+                store.remove(self._receipt_path)
 
     def _append_chunks(self, row: int, values: np.ndarray, length: int | None) -> None:
         assert self._shard is not None
@@ -333,7 +435,7 @@ class BlockWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._shard is not None:
-            self._shard.discard()
+            self._shard.__exit__(kind, error, trace)
 
 
 def _filled(shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -355,8 +457,3 @@ def _error(field: FieldSpec, summary: Summary) -> dict[str, float] | None:
     if field.storage not in ("float16", "int8") or summary.count == 0:
         return None
     return {"relative_l2": summary.relative_l2, "max_abs": summary.max_abs_error}
-
-
-def _write_if_other(path: Path, data: bytes) -> None:
-    if not path.exists() or path.read_bytes() != data:
-        write_file(path, data)

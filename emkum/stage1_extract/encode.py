@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +14,14 @@ from emkum.models import quantise
 from emkum.shards.codec import FLOAT16_MAX, Encoded, Summary
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Encoded rows, and those of the batch that were refused, by their place in it, with the reason."""
+
+    encoded: Encoded
+    refused: dict[int, str]
+
+
 def encode_batch(
     values: Tensor,
     field: str,
@@ -20,24 +29,54 @@ def encode_batch(
     names: Sequence[str],
     statistics: tuple[Tensor, Tensor] | None = None,
     length: np.ndarray | None = None,
-) -> Encoded:
+    on_nonfinite: str = "stop",
+) -> Rows:
     """float32 [N, ...] on any device -> rows for the writer.
 
     names: what to call each row in an error. statistics: channel mean and std on the device, for int8.
-    Raises NonFiniteFeature naming the first row with inf, NaN, or a value outside the storage type.
+    on_nonfinite: rows with inf, NaN or a value outside the storage type are refused one by one ("quarantine"), or
+    raise NonFiniteFeature naming the first of them ("stop").
     """
-    whole = values
+    limit = FLOAT16_MAX if storage == "float16" else float(torch.finfo(torch.float32).max)
+    found = _encode(values, storage, statistics, length, limit)
+    if found is not None:
+        return Rows(found, {})
+    refused = _unfit(values, storage, length, limit)
+    if on_nonfinite == "stop":
+        row, reason = next(iter(refused.items()))
+        raise NonFiniteFeature(
+            f"{field}, sample {names[row]}: {reason}",
+            "use --storage float32 for large values, --compute float32 if the network overflows, or leave such samples "
+            "out with --on-nonfinite quarantine",
+        )
+    good = [row for row in range(len(values)) if row not in refused]
+    kept = _encode(values[good], storage, statistics, None if length is None else length[good], limit)
+    assert kept is not None
+    return Rows(kept, refused)
+
+
+def _encode(
+    values: Tensor,
+    storage: str,
+    statistics: tuple[Tensor, Tensor] | None,
+    length: np.ndarray | None,
+    limit: float,
+) -> Encoded | None:
+    """The rows as stored, with their summary; None if one of them is unfit."""
+    if not len(values):
+        shape = tuple(values.shape)
+        scale = np.zeros(shape[:-1], np.float32) if storage == "int8" else None
+        return Encoded(np.zeros(shape, storage), scale, length, Summary())
     real = None
     if length is not None and values.ndim == 3:
         real = torch.from_numpy(np.arange(values.shape[1]) < length[:, None]).to(values.device)
-    limit = FLOAT16_MAX if storage == "float16" else float(torch.finfo(torch.float32).max)
-    scale = None
+    scale_values = None
     if storage == "int8":
         if not torch.isfinite(values).all():
-            _refuse(whole, field, storage, names, limit)
+            return None
         assert statistics is not None
-        stored, scale = quantise.encode_int8(values, *statistics)
-        decoded = quantise.decode_int8(stored, scale, *statistics)
+        stored, scale_values = quantise.encode_int8(values, *statistics)
+        decoded = quantise.decode_int8(stored, scale_values, *statistics)
     else:
         stored = values.to(getattr(torch, storage))
         decoded = stored.float()
@@ -48,11 +87,10 @@ def encode_batch(
     numbers += [_squares(error), error.abs().max()] if error is not None else [torch.zeros(())] * 2
     smallest, largest, total, squares, error_squares, worst = torch.stack([n.double().cpu() for n in numbers]).tolist()
     if not (-limit <= smallest and largest <= limit):  # also false for NaN
-        _refuse(whole, field, storage, names, limit)
+        return None
     summary = Summary(values.numel(), smallest, largest, total, squares, error_squares, worst)
-    return Encoded(
-        stored.cpu().numpy(), None if scale is None else scale.cpu().numpy().astype(np.float32), length, summary
-    )
+    scale = None if scale_values is None else scale_values.cpu().numpy().astype(np.float32)
+    return Encoded(stored.cpu().numpy(), scale, length, summary)
 
 
 def _squares(values: Tensor) -> Tensor:
@@ -60,15 +98,16 @@ def _squares(values: Tensor) -> Tensor:
     return torch.dot(flat, flat)
 
 
-def _refuse(values: Tensor, field: str, storage: str, names: Sequence[str], limit: float) -> None:
+def _unfit(values: Tensor, storage: str, length: np.ndarray | None, limit: float) -> dict[int, str]:
+    """The rows that cannot be stored, and why."""
+    if length is not None and values.ndim == 3 and storage != "int8":
+        past = torch.from_numpy(np.arange(values.shape[1]) >= length[:, None]).to(values.device)
+        values = values.masked_fill(past[..., None], 0)
     flat = values.reshape(len(values), -1)
-    good = (torch.isfinite(flat) & (flat.abs() <= limit)).all(dim=1)
-    row = int((~good).nonzero()[0])
-    finite = flat[row][torch.isfinite(flat[row])]
-    worst = float(finite.abs().max()) if len(finite) else float("nan")
-    bad = int((~torch.isfinite(flat[row])).sum())
-    what = f"{bad} values are inf or NaN" if bad else f"max |x| = {worst:g} > {limit:g} ({storage})"
-    raise NonFiniteFeature(
-        f"{field}, sample {names[row]}: {what}",
-        "use --storage float32 for large values, or --compute float32 if the network overflows",
-    )
+    fit = (torch.isfinite(flat) & (flat.abs() <= limit)).all(dim=1)
+    reasons = {}
+    for row in (~fit).nonzero().flatten().tolist():
+        bad = int((~torch.isfinite(flat[row])).sum())
+        worst = float(flat[row][torch.isfinite(flat[row])].abs().max()) if bad < flat.shape[1] else 0.0
+        reasons[row] = f"{bad} values are inf or NaN" if bad else f"max |x| = {worst:g} > {limit:g} ({storage})"
+    return reasons

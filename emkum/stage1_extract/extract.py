@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -21,15 +18,17 @@ from emkum.errors import TooManyBadSamples
 from emkum.models.passes import FrozenPass, Wanted
 from emkum.models.tokenizer import text_ids
 from emkum.shards.audit import readable_bytes
-from emkum.shards.codec import Encoded, Summary, encode, summarise
+from emkum.shards.claims import Claims
+from emkum.shards.codec import Encoded, encode, summarise
+from emkum.shards.ledger import read_receipt, receipt_names
 from emkum.shards.reader import read_statistic
 from emkum.shards.segments import read_captions
-from emkum.shards.writer import BlockWriter
-from emkum.stage1_extract.encode import encode_batch
+from emkum.stage1_extract.claimed import ClaimedBlocks
+from emkum.stage1_extract.encode import Rows, encode_batch
 from emkum.stage1_extract.pictures import Batch, PictureStream
-from emkum.stage1_extract.plan import ExtractConfig, Plan, Task, make_plan
+from emkum.stage1_extract.plan import ExtractConfig, Plan, Task, make_plan, survey
+from emkum.stage1_extract.writing import Finished, Writing
 
-QUEUED_BATCHES = 8  # between the networks and the disk
 STATISTICS_ROWS = 512  # rows that int8's channel mean and std are taken from, evenly spread over the first segment
 Say = Callable[[str], None]
 
@@ -61,30 +60,36 @@ def extract(config: ExtractConfig, say: Say = print) -> ExtractResult:
 
 def _run(config: ExtractConfig, say: Say, held: contextlib.ExitStack) -> ExtractResult:
     started = time.perf_counter()
-    plan = make_plan(config, held)
-    config = plan.config
-    say(_contents_line(plan))
-    if not plan.tasks:
-        say(f"nothing to do: {config.cache} holds every block of {', '.join(plan.fields)}")
-        return ExtractResult(0, 0, 0, time.perf_counter() - started, 0.0, 0)
-    for line in _bill(plan):
-        say(line)
-    _declare(plan)
+    found = survey(config)
+    claims = held.enter_context(Claims(found.store))
+    with claims.planning(config.join, say):
+        plan = make_plan(found)
+        config = plan.config
+        say(_contents_line(plan))
+        if not plan.tasks:
+            say(f"nothing to do: {plan.store.url} holds every block of {', '.join(plan.fields)}")
+            return ExtractResult(0, 0, 0, time.perf_counter() - started, 0.0, 0)
+        for line in _bill(plan):
+            say(line)
+        _declare(plan)
     bad = _Quarantine(plan)
-    text_tasks = [task for task in plan.tasks if _space(plan, task) == "text"]
-    image_tasks = [task for task in plan.tasks if _space(plan, task) == "image"]
+    blocks = ClaimedBlocks(plan, claims, say)
     loop_started = time.perf_counter()
-    with _Writing(plan) as writing:
-        if text_tasks:
-            with _Progress("captions", text_tasks) as progress:
-                _extract_captions(plan, text_tasks, writing, progress)
-        if image_tasks:
-            with _Progress("pictures", image_tasks) as progress:
-                _extract_pictures(plan, image_tasks, writing, progress, bad)
-        committed_bytes = writing.finish()
+    with Writing(plan, blocks, say) as writing:
+        for missing in blocks.rounds():
+            text_tasks = [task for task in missing if _space(plan, task) == "text"]
+            image_tasks = [task for task in missing if _space(plan, task) == "image"]
+            if text_tasks:
+                with _Progress("captions", text_tasks) as progress:
+                    _extract_captions(plan, blocks.take(text_tasks), writing, progress, bad)
+            if image_tasks:
+                with _Progress("pictures", image_tasks) as progress:
+                    _extract_pictures(plan, blocks.take(image_tasks), writing, progress, bad)
+            writing.settle()
+    bad.check()
     ended = time.perf_counter()
     result = ExtractResult(
-        plan.num_rows, len(plan.tasks), committed_bytes, ended - started, ended - loop_started, bad.new
+        writing.num_rows, writing.num_blocks, writing.num_bytes, ended - started, ended - loop_started, bad.new
     )
     for line in _conservation(plan, bad) + _summary(result):
         say(line)
@@ -101,12 +106,12 @@ def default_threads() -> int:
 
 
 def _extract_pictures(
-    plan: Plan, tasks: Sequence[Task], writing: _Writing, progress: _Progress, bad: _Quarantine
+    plan: Plan, tasks: Iterable[Task], writing: Writing, progress: _Progress, bad: _Quarantine
 ) -> None:
     config = plan.config
     statistics = _device_statistics(plan)
     stream = PictureStream(
-        config.cache, tasks, plan.paths, config.size, config.batch_size, config.threads or default_threads()
+        plan.store, tasks, plan.paths, config.size, config.batch_size, config.threads or default_threads()
     )
     try:
         batches = iter(stream)
@@ -115,23 +120,23 @@ def _extract_pictures(
                 batch = next(batches, None)
             if batch is None:
                 return
-            bad.add(batch)
             with progress.waiting("forward"):
-                encoded = _encode_pictures(plan, batch, statistics)
+                finished = _encode_pictures(plan, batch, statistics)
+            bad.add(finished)
             with progress.waiting("write"):
-                writing.put(batch, encoded)
+                writing.put(finished)
             progress.advance(len(batch.rows))
     finally:
         stream.close()
 
 
-def _encode_pictures(
-    plan: Plan, batch: Batch, statistics: dict[str, tuple[torch.Tensor, torch.Tensor]]
-) -> dict[str, Encoded]:
+def _encode_pictures(plan: Plan, batch: Batch, statistics: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Finished:
     """Every field's rows for the good pictures of the batch."""
+    samples = [(row.picture.tar, row.picture.key) for row in batch.rows]
+    bad = {i: row.reason for i, row in enumerate(batch.rows) if row.crop is None}
     good = [row for row in batch.rows if row.crop is not None and row.box is not None]
     if not good:
-        return {}
+        return Finished(batch.task, samples, bad, {}, batch.last)
     boxes = np.stack([row.box.as_row() for row in good if row.box is not None])
     encoded = {}
     outputs = {}
@@ -139,14 +144,21 @@ def _encode_pictures(
         crops = torch.from_numpy(np.stack([row.crop for row in good if row.crop is not None]))
         wanted = _wanted(plan, batch.task)
         outputs = dict(zip(wanted, plan.image_pass.pictures(crops, wanted), strict=True))
+    names = [row.picture.name for row in good]
     for name in batch.task.fields:
         field = plan.fields[name]
         if field.wanted is None:
-            encoded[name] = encode(boxes, "float32")
+            encoded[name] = Rows(encode(boxes, "float32"), {})
         else:
-            names = [row.picture.name for row in good]
-            encoded[name] = encode_batch(outputs[field.wanted], name, field.spec.storage, names, statistics.get(name))
-    return encoded
+            encoded[name] = encode_batch(
+                outputs[field.wanted],
+                name,
+                field.spec.storage,
+                names,
+                statistics.get(name),
+                on_nonfinite=plan.config.on_nonfinite,
+            )
+    return Finished(batch.task, samples, bad, encoded, batch.last)
 
 
 def _wanted(plan: Plan, task: Task) -> list[Wanted]:
@@ -154,23 +166,27 @@ def _wanted(plan: Plan, task: Task) -> list[Wanted]:
     return [field.wanted for name in task.fields if (field := plan.fields[name]).wanted is not None]
 
 
-def _extract_captions(plan: Plan, tasks: Sequence[Task], writing: _Writing, progress: _Progress) -> None:
+def _extract_captions(
+    plan: Plan, tasks: Iterable[Task], writing: Writing, progress: _Progress, bad: _Quarantine
+) -> None:
     config = plan.config
     statistics = _device_statistics(plan)
     segment, table = None, None
     for task in tasks:
         if task.segment is not segment:
-            segment, table = task.segment, read_captions(config.cache, task.segment)
+            segment, table = task.segment, read_captions(plan.store, task.segment)
         assert table is not None
         rows = table.slice(task.first_row - task.segment.text.first_row, task.rows)
         captions = rows["caption"].to_pylist()
-        keys = [f"{tar}/{key}" for tar, key in zip(rows["tar"].to_pylist(), rows["key"].to_pylist(), strict=True)]
+        samples = list(zip(rows["tar"].to_pylist(), rows["key"].to_pylist(), strict=True))
         for first in range(0, task.rows, config.batch_size):
             here = slice(first, first + config.batch_size)
             with progress.waiting("forward"):
-                encoded = _encode_captions(plan, task, captions[here], keys[here], statistics)
+                encoded = _encode_captions(plan, task, captions[here], samples[here], statistics)
+            finished = Finished(task, samples[here], {}, encoded, last=here.stop >= task.rows)
+            bad.add(finished)
             with progress.waiting("write"):
-                writing.put_rows(task, encoded, last=here.stop >= task.rows)
+                writing.put(finished)
             progress.advance(len(captions[here]))
 
 
@@ -178,9 +194,9 @@ def _encode_captions(
     plan: Plan,
     task: Task,
     captions: Sequence[str],
-    keys: Sequence[str],
+    samples: Sequence[tuple[str, str]],
     statistics: dict[str, tuple[torch.Tensor, torch.Tensor]],
-) -> dict[str, Encoded]:
+) -> dict[str, Rows]:
     assert plan.tokenizer is not None
     ids, length = text_ids(plan.tokenizer, captions, plan.config.max_tokens)
     encoded = {}
@@ -188,12 +204,14 @@ def _encode_captions(
         field = plan.fields[name]
         if field.wanted is None:
             real = np.arange(ids.shape[1]) < length[:, None]
-            encoded[name] = Encoded(np.where(real, ids, 0), None, length, summarise(ids[real].astype(np.float32)))
-    if plan.text_pass is not None:
+            stored = Encoded(np.where(real, ids, 0), None, length, summarise(ids[real].astype(np.float32)))
+            encoded[name] = Rows(stored, {})
+    wanted = _wanted(plan, task)
+    if plan.text_pass is not None and wanted:
         longest = int(length.max())
         mask = torch.from_numpy(np.arange(longest) < length[:, None])
-        wanted = _wanted(plan, task)
         outputs = dict(zip(wanted, plan.text_pass.texts(torch.from_numpy(ids[:, :longest]), mask, wanted), strict=True))
+        keys = [f"{tar}/{key}" for tar, key in samples]
         for name in task.fields:
             field = plan.fields[name]
             if field.wanted is not None:
@@ -201,7 +219,15 @@ def _encode_captions(
                 if field.spec.kind == "ragged":
                     padding = plan.config.max_tokens - longest
                     output = torch.nn.functional.pad(output, (0, 0, 0, padding))
-                encoded[name] = encode_batch(output, name, field.spec.storage, keys, statistics.get(name), length)
+                encoded[name] = encode_batch(
+                    output,
+                    name,
+                    field.spec.storage,
+                    keys,
+                    statistics.get(name),
+                    length,
+                    on_nonfinite=plan.config.on_nonfinite,
+                )
     return encoded
 
 
@@ -237,7 +263,7 @@ def _measure_statistics(plan: Plan) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     sums: dict[str, _Moments] = {name: _Moments() for name in wanting}
     config, tasks = plan.config, _sampled(plan, wanting, "image")
     stream = PictureStream(
-        config.cache, tasks, plan.paths, config.size, config.batch_size, config.threads or default_threads()
+        plan.store, tasks, plan.paths, config.size, config.batch_size, config.threads or default_threads()
     )
     try:
         for batch in stream:
@@ -248,7 +274,7 @@ def _measure_statistics(plan: Plan) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     finally:
         stream.close()
     tasks = _sampled(plan, wanting, "text")
-    table = read_captions(config.cache, tasks[0].segment) if tasks else None
+    table = read_captions(plan.store, tasks[0].segment) if tasks else None
     for task in tasks:
         assert table is not None
         assert plan.text_pass is not None
@@ -325,146 +351,26 @@ def _device_statistics(plan: Plan) -> dict[str, tuple[torch.Tensor, torch.Tensor
         frozen = plan.image_pass if field.spec.space == "image" else plan.text_pass
         record = plan.writer.field_record(name)
         if field.spec.storage == "int8" and frozen is not None and record is not None:
-            mean, std = (np.array(read_statistic(plan.writer.path, record, which)) for which in ("mean", "std"))
+            mean, std = (np.array(read_statistic(plan.store, record, which)) for which in ("mean", "std"))
             found[name] = torch.from_numpy(mean).to(frozen.device), torch.from_numpy(std).to(frozen.device)
     return found
-
-
-# --- writing, in a thread of its own ---------------------------------------------------------------------
-
-
-class _Writing:
-    """Appends batches to the blocks of their task and commits complete blocks, in one thread, in order."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(QUEUED_BATCHES)
-        self._failure: BaseException | None = None
-        self._open: dict[str, BlockWriter] = {}
-        self._task: Task | None = None
-        self._bytes = 0
-        self._thread = threading.Thread(target=self._run, name="write", daemon=True)
-
-    def put(self, batch: Batch, encoded: dict[str, Encoded]) -> None:
-        """Hands a batch of pictures over; waits if the disk is behind. Raises what the thread failed with."""
-        self._put(lambda: self._append_pictures(batch, encoded))
-
-    def put_rows(self, task: Task, encoded: dict[str, Encoded], last: bool) -> None:
-        self._put(lambda: self._append_rows(task, encoded, last))
-
-    def finish(self) -> int:
-        """Waits until everything handed over is committed. Returns the bytes committed."""
-        self._put(lambda: None)
-        self._queue.put(None)
-        self._thread.join()
-        self._raise_failure()
-        return self._bytes
-
-    def _put(self, work: Callable[[], None]) -> None:
-        while True:
-            self._raise_failure()
-            try:
-                self._queue.put(work, timeout=0.5)
-                return
-            except queue.Full:
-                continue
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def _run(self) -> None:
-        while True:
-            work = self._queue.get()
-            if work is None:
-                return
-            if self._failure is not None:
-                continue
-            try:
-                work()
-            except BaseException as error:
-                self._failure = error
-
-    def _append_pictures(self, batch: Batch, encoded: dict[str, Encoded]) -> None:
-        writers = self._writers(batch.task)
-        for name, writer in writers.items():
-            good = 0  # rows of `encoded` already handed over
-            first = 0
-            for i, row in enumerate(batch.rows):
-                if row.crop is None:
-                    if i > first:
-                        writer.append(_slice(encoded[name], good, good + i - first))
-                        good += i - first
-                    writer.quarantine(row.picture.tar, row.picture.key, row.reason)
-                    first = i + 1
-            if len(batch.rows) > first:
-                writer.append(_slice(encoded[name], good, good + len(batch.rows) - first))
-            if name in encoded:
-                writer.add_summary(encoded[name].summary)
-        self._complete(batch.last)
-
-    def _append_rows(self, task: Task, encoded: dict[str, Encoded], last: bool) -> None:
-        for name, writer in self._writers(task).items():
-            writer.append(encoded[name])
-        self._complete(last)
-
-    def _writers(self, task: Task) -> dict[str, BlockWriter]:
-        if task != self._task:
-            assert not self._open
-            self._task = task
-            for name in task.fields:
-                spec = self._plan.fields[name].spec
-                self._open[name] = self._plan.writer.block(spec, task.segment, task.block, task.view)
-        return self._open
-
-    def _complete(self, last: bool) -> None:
-        if last:
-            for writer in self._open.values():
-                with writer:
-                    receipt = writer.commit()
-                self._bytes += sum(o.bytes for o in receipt.objects)
-            self._open = {}
-            self._task = None
-
-    def __enter__(self) -> _Writing:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
-        for writer in self._open.values():
-            writer.__exit__(None, None, None)
-
-
-def _slice(rows: Encoded, start: int, stop: int) -> Encoded:
-    """Some of the rows, without the summary of them all."""
-    cut = slice(start, stop)
-    return dataclasses.replace(
-        rows,
-        values=rows.values[cut],
-        scale=None if rows.scale is None else rows.scale[cut],
-        length=None if rows.length is None else rows.length[cut],
-        summary=Summary(),
-    )
 
 
 # --- what people see --------------------------------------------------------------------------------------
 
 
 class _Quarantine:
-    """Counts the pictures left out, against the budget."""
+    """Counts the samples left out of any field, by this process and by others, against the budget."""
 
     def __init__(self, plan: Plan) -> None:
-        self._config = plan.config
-        self._total = sum(segment.image.rows for segment in plan.segments)
-        boxes = next((name for name, field in plan.fields.items() if field.spec.kind == "boxes"), None)
-        receipts = plan.writer.receipts(boxes).values() if boxes else ()
-        numbers = {segment.number for segment in plan.segments}
-        self._rows = {(q.tar, q.key) for r in receipts if r.segment in numbers for q in r.quarantined}
+        self._plan = plan
+        images, texts = (sum(s.span(space).rows for s in plan.segments) for space in ("image", "text"))
+        has_pictures = any(field.spec.space == "image" for field in plan.fields.values())
+        self._total, self._what = (images, "pictures") if has_pictures else (texts, "captions")
+        self._segments = {segment.number for segment in plan.segments}
+        self._seen: set[str] = set()
+        self._rows: set[tuple[str, str]] = set()
+        self._read_receipts()
         self._before = len(self._rows)
         self.examples: list[str] = []
 
@@ -476,22 +382,38 @@ class _Quarantine:
     def new(self) -> int:
         return len(self._rows) - self._before
 
-    def add(self, batch: Batch) -> None:
-        """Raises TooManyBadSamples once more than max_bad of all pictures are bad."""
-        bad = [row for row in batch.rows if row.crop is None]
-        if not bad:
-            return
-        self.examples += [f"{row.picture.name}: {row.reason}" for row in bad]
-        self._rows |= {(row.picture.tar, row.picture.key) for row in bad}
-        allowed = self._config.max_bad * self._total
+    def add(self, finished: Finished) -> None:
+        """Raises TooManyBadSamples once more than max_bad of all pictures (without any: captions) are bad."""
+        reasons = dict(finished.bad)
+        good = [i for i in range(len(finished.samples)) if i not in finished.bad]
+        for name, rows in finished.encoded.items():
+            reasons |= {good[i]: f"{name}: {reason}" for i, reason in rows.refused.items()}
+        if reasons:
+            self.examples += ["/".join(finished.samples[i]) + f": {reason}" for i, reason in sorted(reasons.items())]
+            self._rows |= {finished.samples[i] for i in reasons}
+            self.check()
+
+    def check(self) -> None:
+        """Counts what other processes have left out meanwhile, and raises TooManyBadSamples as `add` does."""
+        self._read_receipts()
+        allowed = self._plan.config.max_bad * self._total
         if len(self._rows) > allowed:
             raise TooManyBadSamples(
-                f"{len(self._rows)} of {self._total} pictures cannot be used, --max-bad {self._config.max_bad:g} "
-                f"allows {int(allowed)}; the first: " + "; ".join(self.examples[:3]),
-                "mend these files and write to a new folder with --cache (no block with them was committed), "
-                "or allow more: "
-                f"--max-bad {min(1.0, len(self._rows) / self._total * 2):.2g}",
+                f"{len(self._rows)} of {self._total} {self._what} cannot be used, --max-bad "
+                f"{self._plan.config.max_bad:g} allows {int(allowed)}; the first: " + "; ".join(self.examples[:3]),
+                "mend these files and write to a new folder with --cache, or allow more: "
+                f"--max-bad {min(1.0, len(self._rows) / self._total * 2):.2g} "
+                f"(`emkum cache quarantine {self._plan.store.url}` lists those of committed blocks)",
             )
+
+    def _read_receipts(self) -> None:
+        for name in self._plan.fields:
+            for path in receipt_names(self._plan.store, name):
+                if path not in self._seen:
+                    self._seen.add(path)
+                    receipt = read_receipt(self._plan.store, path)
+                    if receipt.segment in self._segments:
+                        self._rows |= {(q.tar, q.key) for q in receipt.quarantined}
 
 
 class _Progress:

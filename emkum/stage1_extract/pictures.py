@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from emkum.errors import BadPicture
 from emkum.shards.segments import Segment, read_samples
+from emkum.shards.store import Store
 from emkum.shards.tars import read_member
 from emkum.shards.views import Box, ViewPolicy, box_for, decode_view
 from emkum.stage1_extract.plan import Task
@@ -52,35 +52,38 @@ class Batch:
 
 
 class PictureStream:
-    """Iterates over the batches of `tasks`, decoding `window` pictures ahead in `threads` threads."""
+    """Iterates over the batches of `tasks`, decoding some batches ahead in `threads` threads.
+
+    `tasks` may be lazy: the next one is asked for when its first picture is to be decoded.
+    """
 
     def __init__(
-        self, cache: Path, tasks: Sequence[Task], paths: dict[str, str], size: int, batch_size: int, threads: int
+        self, store: Store, tasks: Iterable[Task], paths: dict[str, str], size: int, batch_size: int, threads: int
     ) -> None:
-        self._cache, self._tasks, self._paths = cache, tasks, paths
+        self._store, self._tasks, self._paths = store, tasks, paths
         self._size, self._batch_size = size, batch_size
         self._window = 4 * batch_size + threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._tables: dict[int, pa.Table] = {}  # of the segment at hand
 
     def __iter__(self) -> Iterator[Batch]:
-        ahead: deque[Future[Decoded]] = deque()
+        ahead: deque[tuple[Task, Future[Decoded]]] = deque()
         coming = ((task, picture) for task in self._tasks for picture in self._of(task))
 
         def submit() -> None:
             for task, picture in coming:
-                ahead.append(self._pool.submit(self._decode, task.segment.views, task.view, picture))
+                ahead.append((task, self._pool.submit(self._decode, task.segment.views, task.view, picture)))
                 if len(ahead) >= self._window:
                     break
 
         submit()
-        for task in self._tasks:
-            left = task.rows
+        while ahead:
+            task, left = ahead[0][0], ahead[0][0].rows
             while left:
                 count = min(self._batch_size, left)
                 rows = []
                 for _ in range(count):
-                    rows.append(ahead.popleft().result())
+                    rows.append(ahead.popleft()[1].result())
                     submit()
                 left -= count
                 yield Batch(task, tuple(rows), last=left == 0)
@@ -90,7 +93,7 @@ class PictureStream:
 
     def _of(self, task: Task) -> list[Picture]:
         if task.segment.number not in self._tables:
-            self._tables = {task.segment.number: picture_table(self._cache, task.segment)}
+            self._tables = {task.segment.number: picture_table(self._store, task.segment)}
         table = self._tables[task.segment.number]
         table = table.slice(task.first_row - task.segment.image.first_row, task.rows)
         return [Picture(*line) for line in zip(*(column.to_pylist() for column in table.columns), strict=True)]
@@ -108,7 +111,7 @@ class PictureStream:
         return Decoded(picture, crop, box)
 
 
-def picture_table(cache: Path, segment: Segment) -> pa.Table:
+def picture_table(store: Store, segment: Segment) -> pa.Table:
     """The segment's pictures in row order: tar, key, offset, size."""
-    table = read_samples(cache, segment)
+    table = read_samples(store, segment)
     return table.filter(table["image_row"].is_valid()).select(["tar", "key", "offset", "size"])

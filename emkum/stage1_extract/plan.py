@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,11 +26,21 @@ from emkum.errors import (
 )
 from emkum.models.backbone import Backbone, TextEmbedding
 from emkum.models.catalogue import load_network
-from emkum.models.network import Network, save_network
+from emkum.models.network import Network, network_files
 from emkum.models.passes import FrozenPass, Wanted, chosen_device, good_compute
-from emkum.shards.claim import WriterClaim
+from emkum.shards.claims import Claims
 from emkum.shards.fingerprint import Fingerprint, require_same
-from emkum.shards.layout import STORAGES, TEXT_TILE, FieldSpec, Kind, canonical_json, check_cache_name, model_dir
+from emkum.shards.layout import (
+    MAX_ROWS_PER_BLOCK,
+    STORAGES,
+    TEXT_TILE,
+    FieldSpec,
+    Kind,
+    canonical_json,
+    check_cache_name,
+    model_dir,
+)
+from emkum.shards.ledger import Receipt
 from emkum.shards.segments import (
     Segment,
     check_split_name,
@@ -42,11 +49,14 @@ from emkum.shards.segments import (
     require_same_views,
     require_split,
 )
-from emkum.shards.tars import SourceTar, find_tars
+from emkum.shards.store import Store, exists, is_url, open_store
+from emkum.shards.strict_json import loads
+from emkum.shards.tars import OnTruncated, SourceTar, find_tars
 from emkum.shards.views import DECODER, Box, ViewPolicy
-from emkum.shards.writer import CacheWriter, read_root
+from emkum.shards.writer import CacheWriter, read_root, require_cache_or_empty
 from emkum.stage1_extract.scans import ScanMemory
 
+OnNonfinite = Literal["stop", "quarantine"]
 IMAGE_TARGETS = ("cls", "patches", "layers", "logits")
 TEXT_TARGETS = ("cls", "patches", "layers")
 DEFAULT_TEXT_ENCODER = "bert-base"
@@ -58,7 +68,7 @@ class ExtractConfig:
 
     teacher: tuple[str, ...]
     data: tuple[str, ...] = ("./data",)
-    cache: Path = Path("./shards")
+    cache: Path | str = Path("./shards")
     split: str = "train"
     encoder: str | None = None
     cut: int = 0
@@ -78,6 +88,12 @@ class ExtractConfig:
     threads: int | None = None
     rows_per_block: int | None = None
     max_bad: float = 0.001
+    on_nonfinite: OnNonfinite = "stop"
+    on_truncated: OnTruncated = "error"
+    allow_missing_eof: bool = False
+    join: bool = False
+    workers: int | None = None
+    scheduler: str | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -100,7 +116,27 @@ class ExtractConfig:
             f"give a multiple of {TEXT_TILE}",
         )
         rows = self.rows_per_block
-        _require(rows is None or (rows > 0 and rows % 16 == 0), f"--rows-per-block {rows}", "give a multiple of 16")
+        _require(
+            rows is None or (0 < rows <= MAX_ROWS_PER_BLOCK and rows % 16 == 0),
+            f"--rows-per-block {rows}",
+            f"give a multiple of 16, at most {MAX_ROWS_PER_BLOCK}",
+        )
+        _require(
+            self.on_nonfinite in ("stop", "quarantine"),
+            f"--on-nonfinite {self.on_nonfinite}",
+            "choose stop (the default) or quarantine",
+        )
+        _require(
+            self.on_truncated in ("error", "keep-complete"),
+            f"--on-truncated {self.on_truncated}",
+            "choose error (the default) or keep-complete",
+        )
+        _require(self.workers is None or self.workers > 0, f"--workers {self.workers}", "give 1 or more")
+        _require(
+            self.scheduler is None or is_url(self.scheduler),
+            f"--scheduler {self.scheduler}",
+            "give the address that `dask scheduler` prints, as tcp://host:8786",
+        )
         if self.crop is not None:
             low, high = self.crop
             _require(0 < low <= high <= 1, f"--crop {low}-{high}", "give area fractions, as 0.9-1.0 or 1.0")
@@ -143,6 +179,7 @@ class Plan:
     config: ExtractConfig
     writer: CacheWriter
     fields: dict[str, PlannedField]
+    receipts: dict[str, dict[tuple[int, int], Receipt]]  # of each field, as they were when the plan was made
     image_pass: FrozenPass | None
     text_pass: FrozenPass | None
     tokenizer: bytes | None
@@ -151,6 +188,10 @@ class Plan:
     paths: dict[str, str]  # tar name -> where it lies now
     filtered: int  # samples with neither picture nor caption
     duplicate_keys: int  # keys that appear in more than one tar
+
+    @property
+    def store(self) -> Store:
+        return self.writer.store
 
     @property
     def num_rows(self) -> int:
@@ -168,47 +209,78 @@ class Plan:
         return sum(spec.block_bytes(task.rows, size, tiles_per_row) for task in self.tasks if name in task.fields)
 
 
-def make_plan(config: ExtractConfig, held: ExitStack) -> Plan:
-    """Scans the tars, loads the networks, opens or creates the cache, and lists the missing blocks.
+@dataclass(frozen=True)
+class Survey:
+    """What a run found before it touches the cache: the tars, the networks, and what the settings come to."""
 
-    Written are the cache's root, the frozen networks and a segment of new tars. held: receives the claim on the
-    cache, to be released when the run ends. Raises before anything is written where the cache was made otherwise.
+    config: ExtractConfig
+    store: Store
+    device: torch.device
+    paths: list[str]  # all tars that were named
+    known: list[str]  # those of them that are unchanged since a committed scan
+    tars: list[SourceTar]  # scans of the others
+    networks: _Networks
+    memory: ScanMemory
+    has_pictures: bool
+    has_captions: bool
+
+
+def survey(config: ExtractConfig) -> Survey:
+    """Scans the tars and loads the networks; writes nothing.
+
+    Raises AnotherWriter before the slow part if the cache is being written and `join` is not set.
     """
     paths = find_tars(config.data)
     device = chosen_device(config.device)
-    exists = (Path(config.cache) / "zarr.json").exists()
-    if exists:
-        read_root(Path(config.cache))
-        held.enter_context(WriterClaim(config.cache))
+    store = open_store(config.cache)
+    segments: Sequence[Segment] = ()
+    if require_cache_or_empty(store):
+        read_root(store)
+        if not config.join:
+            Claims(store).require_alone()
+        segments = read_segments(store)
     networks = _load_networks(config)
-    memory = ScanMemory(config.cache)
+    memory = ScanMemory(store, config.on_truncated, config.allow_missing_eof)
+    memory.know(segments)
     known, tars = _scan(paths, memory)
-    has_pictures, has_captions = _contents(config, known, tars)
+    has_pictures, has_captions = _contents(config, known, tars, segments)
     networks = _complete(networks, config, has_pictures, has_captions)
+    return Survey(config, store, device, paths, known, tars, networks, memory, has_pictures, has_captions)
 
-    writer = CacheWriter(config.cache, config.rows_per_block)
-    if not exists:
-        held.enter_context(WriterClaim(config.cache))
+
+def make_plan(found: Survey) -> Plan:
+    """Opens or creates the cache, and lists the missing blocks. The caller alone is planning (claims.Claims).
+
+    Written are the cache's root, the frozen networks and a segment of new tars. Raises before anything is written
+    where the cache was made otherwise.
+    """
+    config, memory, tars, networks = found.config, found.memory, found.tars, found.networks
+    writer = CacheWriter(found.store, config.rows_per_block)
+    memory.know(writer.segments)
     config = _with_views_of_the_split(config, writer.segments)
     fresh = new_sources(writer.segments, config.split, tars)
-    for path in known:
+    for path in found.known:
         require_split(writer.segments, config.split, os.path.basename(path))
     if any(sample.picture for tar in fresh for sample in tar.samples):
         require_same_views(writer.segments, config.split, config.policy)
-    fields, image_pass, text_pass = _fields(config, networks, device, writer, has_pictures, has_captions)
+    fields, image_pass, text_pass = _fields(
+        config, networks, found.device, writer, found.has_pictures, found.has_captions
+    )
     for field in fields.values():
         _check_record(writer, field)
-    _keep_networks(config.cache, networks)
+    _keep_networks(writer, networks)
     if fresh:
         writer.append_segment(config.split, config.policy, fresh)
     memory.remember(tars)
-    names = {tar.name for tar in tars} | {os.path.basename(path) for path in known}
+    names = {tar.name for tar in tars} | {os.path.basename(path) for path in found.known}
     segments = tuple(s for s in writer.segments if s.split == config.split and names & {x.tar for x in s.sources})
     if any(field.spec.space == "image" for field in fields.values()):
         require_same_views(segments, config.split, config.policy)
-    where = {os.path.basename(path): path for path in paths}
+    where = {os.path.basename(path): path for path in found.paths}
     _require_tars(segments, where, memory)
-    tasks = _tasks(config, writer, fields, segments)
+    receipts = {name: writer.receipts(name) for name in fields}
+    _require_objects(found.store, receipts)
+    tasks = _tasks(config, writer.rows_per_block, fields, segments, receipts)
     missing = {name for task in tasks for name in task.fields}
     image_pass, text_pass = (_narrowed(p, fields, missing) for p in (image_pass, text_pass))
     keys = [(t.name, s.key) for t in fresh for s in t.samples]
@@ -216,6 +288,7 @@ def make_plan(config: ExtractConfig, held: ExitStack) -> Plan:
         config,
         writer,
         fields,
+        receipts,
         image_pass,
         text_pass,
         networks.tokenizer.tokenizer if networks.tokenizer else None,
@@ -325,31 +398,34 @@ def _default_text_encoder() -> Network:
         ) from error
 
 
-def _keep_networks(cache: Path, networks: _Networks) -> None:
+def _keep_networks(writer: CacheWriter, networks: _Networks) -> None:
     """Stores the frozen encoders in the cache, so that training needs nothing else."""
+    store = writer.store
     for network in (networks.encoder, networks.tokenizer):
         if network is None:
             continue
-        folder = Path(cache) / model_dir(network.name)
-        record = folder / "model.json"
-        if not record.exists():
+        record = f"{model_dir(network.name)}/model.json"
+        if not exists(store, record):
             needed = sum(tensor.numel() * 4 for tensor in network.backbone.state_dict().values())
-            free = shutil.disk_usage(cache).free
-            if needed > free:
+            free = store.free_bytes()
+            if free is not None and needed > free:
                 raise StorageFailure(
-                    f"{cache} keeps the network {network.name} in {needed:,} bytes, {free:,} are free",
+                    f"{store.url} keeps the network {network.name} in {needed:,} bytes, {free:,} are free",
                     f"free {needed - free:,} bytes more, or write to another folder with --cache",
                 )
-            save_network(network, folder)
+            writer.keep_network(network.name, network_files(network))
             continue
         try:
-            kept = json.loads(record.read_bytes())
+            kept = loads(store.read(record))
             weights, shape = str(kept["weights_sha256"]), kept["architecture"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CorruptCache(f"{record} cannot be read: {error}", "delete its folder, then run again") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptCache(
+                f"{store.where(record)} cannot be read: {error}",
+                f"`emkum cache repair {store.url}` drops this network; the same command keeps it again",
+            ) from error
         if weights != network.weights_sha256 or shape != network.backbone.spec.to_json():
             raise FingerprintMismatch(
-                f"{cache} keeps a network {network.name} with weights {weights[:12]}...; this one has "
+                f"{store.url} keeps a network {network.name} with weights {weights[:12]}...; this one has "
                 f"{network.weights_sha256[:12]}..." + (", another shape" if weights == network.weights_sha256 else ""),
                 "name its folder otherwise, or write to another folder with --cache",
             )
@@ -529,7 +605,7 @@ def _check_record(writer: CacheWriter, field: PlannedField) -> None:
     if record is not None:
         cached = record["fingerprint"]
         asked = replace(field.fingerprint, statistics=cached.get("statistics"))
-        require_same(field.spec.name, cached, asked, str(writer.path))
+        require_same(field.spec.name, cached, asked, writer.store.url)
 
 
 # --- data ----------------------------------------------------------------------------------------------
@@ -553,12 +629,14 @@ def _with_views_of_the_split(config: ExtractConfig, segments: Sequence[Segment])
     return config
 
 
-def _contents(config: ExtractConfig, known: Sequence[str], tars: Sequence[SourceTar]) -> tuple[bool, bool]:
+def _contents(
+    config: ExtractConfig, known: Sequence[str], tars: Sequence[SourceTar], segments: Sequence[Segment]
+) -> tuple[bool, bool]:
     pictures = any(sample.picture for tar in tars for sample in tar.samples)
     captions = any(sample.captions for tar in tars for sample in tar.samples)
     if known:
         names = {os.path.basename(path) for path in known}
-        for segment in read_segments(Path(config.cache)):
+        for segment in segments:
             if names & {source.tar for source in segment.sources}:
                 pictures |= segment.image.rows > 0
                 captions |= segment.text.rows > 0
@@ -591,20 +669,43 @@ def _require_tars(segments: Sequence[Segment], where: dict[str, str], memory: Sc
     memory.remember(scanned)
 
 
+def _require_objects(store: Store, receipts: dict[str, dict[tuple[int, int], Receipt]]) -> None:
+    """Raises CorruptCache if an object that a receipt lists is gone or has another length: a copy may be half done."""
+    folders: dict[str, dict[str, int | None]] = {}
+    for field, found in receipts.items():
+        for receipt in found.values():
+            for listed in receipt.objects:
+                folder, _, name = listed.path.rpartition("/")
+                if folder not in folders:
+                    folders[folder] = store.list(folder)
+                size = folders[folder].get(name)
+                if size != listed.bytes:
+                    raise CorruptCache(
+                        f"object {store.where(listed.path)} of {field} block {receipt.block}-{receipt.view} "
+                        + ("is missing" if size is None else f"has {size:,} bytes")
+                        + f", its receipt says {listed.bytes:,} bytes",
+                        f"finish copying the cache, or drop what is damaged with `emkum cache repair {store.url}`; "
+                        "the same command then redoes exactly that",
+                    )
+
+
 def _tasks(
-    config: ExtractConfig, writer: CacheWriter, fields: dict[str, PlannedField], segments: Sequence[Segment]
+    config: ExtractConfig,
+    rows_per_block: int,
+    fields: dict[str, PlannedField],
+    segments: Sequence[Segment],
+    receipts: dict[str, dict[tuple[int, int], Receipt]],
 ) -> tuple[Task, ...]:
-    receipts = {name: writer.receipts(name) for name in fields}
     tasks = []
     for space, num_views in (("text", 1), ("image", config.views)):
         names = [name for name, field in fields.items() if field.spec.space == space]
         for segment in segments if names else ():
             span = segment.text if space == "text" else segment.image
-            for block in span.blocks(writer.rows_per_block):
+            for block in span.blocks(rows_per_block):
                 for view in range(num_views):
                     lacking = tuple(name for name in names if (block, view) not in receipts[name])
                     if lacking:
-                        first, rows = span.block_rows(block, writer.rows_per_block)
+                        first, rows = span.block_rows(block, rows_per_block)
                         tasks.append(Task(segment, block, view, lacking, first, rows))
     return tuple(tasks)
 
@@ -612,10 +713,10 @@ def _tasks(
 def _require_room(plan: Plan) -> None:
     """Raises StorageFailure if what is sure to be written does not fit; ragged text counts one tile a caption."""
     needed = sum(plan.field_bytes(name, 1 if f.spec.kind == "ragged" else None) for name, f in plan.fields.items())
-    free = shutil.disk_usage(plan.config.cache).free
-    if needed > free:
+    free = plan.store.free_bytes()
+    if free is not None and needed > free:
         raise StorageFailure(
-            f"the missing blocks need {needed:,} bytes in {plan.config.cache}, {free:,} are free",
+            f"the missing blocks need {needed:,} bytes in {plan.store.url}, {free:,} are free",
             f"free {needed - free:,} bytes more, use --storage int8, or fewer --targets; nothing was extracted",
         )
 

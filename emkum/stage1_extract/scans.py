@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
-from emkum.shards.durable import write_file
 from emkum.shards.layout import RECORDS, pretty_json
-from emkum.shards.segments import read_segments
-from emkum.shards.tars import SourceTar, scan_tars
+from emkum.shards.ledger import with_digest, without_digest
+from emkum.shards.segments import Segment
+from emkum.shards.store import Store
+from emkum.shards.strict_json import loads
+from emkum.shards.tars import OnTruncated, SourceTar, scan_tars
+
+SCANS = f"{RECORDS}/hints/scans.json"
 
 
 class ScanMemory:
@@ -21,18 +23,17 @@ class ScanMemory:
     segment of the cache still has the digest that the scan found.
     """
 
-    def __init__(self, cache: Path | str) -> None:
-        self._path = Path(cache) / RECORDS / "hints" / "scans.json"
+    def __init__(self, store: Store, on_truncated: OnTruncated = "error", allow_missing_eof: bool = False) -> None:
+        self._store, self._on_truncated, self._allow_missing_eof = store, on_truncated, allow_missing_eof
         self._entries: dict[str, list[int | str]] = {}
         self._before: dict[str, list[int | str]] = {}
-        with contextlib.suppress(OSError, ValueError):
-            entries = json.loads(self._path.read_bytes())
-            if isinstance(entries, dict):
-                self._entries = entries
-        known: set[tuple[str, str]] = set()
-        if self._entries:
-            known = {(s.tar, s.sha256) for segment in read_segments(Path(cache)) for s in segment.sources}
-        self._known = known
+        self._known: set[tuple[str, str]] = set()
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            self._entries = dict(without_digest(loads(store.read(SCANS)))["scans"])
+
+    def know(self, segments: Sequence[Segment]) -> None:
+        """The segments of the cache: only tars that one of them holds can be unchanged."""
+        self._known = {(s.tar, s.sha256) for segment in segments for s in segment.sources}
 
     def unchanged(self, path: str) -> bool:
         entry = self._entries.get(os.path.abspath(path))
@@ -44,7 +45,7 @@ class ScanMemory:
         """Scans tars, noting their times from before they were read."""
         for path in paths:
             self._before[os.path.abspath(path)] = _stat(path)
-        return scan_tars(paths)
+        return scan_tars(paths, on_truncated=self._on_truncated, allow_missing_eof=self._allow_missing_eof)
 
     def remember(self, tars: Sequence[SourceTar]) -> None:
         """Keeps what `scan` found, once its segment is committed."""
@@ -52,7 +53,7 @@ class ScanMemory:
             path = os.path.abspath(tar.path)
             self._entries[path] = [*self._before[path], tar.sha256]
         if tars:
-            write_file(self._path, pretty_json(self._entries))
+            self._store.write(SCANS, pretty_json(with_digest({"scans": self._entries})))
 
 
 def _stat(path: str) -> list[int | str]:
