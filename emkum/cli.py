@@ -185,6 +185,12 @@ def extract(
 
         emkum extract --teacher dinov2-s --data ./data --split train
     """
+    if not join:  # said before the slow imports
+        from emkum.shards.claims import Claims
+        from emkum.shards.store import open_store
+
+        Claims(open_store(_place(cache))).require_alone()
+
     from emkum.stage1_extract.extract import extract as run_extract
     from emkum.stage1_extract.plan import ExtractConfig
 
@@ -448,21 +454,60 @@ def cache_info(cache: CacheArgument = "./shards", as_json: JsonOption = False) -
 
 
 @cache_app.command("verify")
-def cache_verify(cache: CacheArgument = "./shards", as_json: JsonOption = False) -> None:
+def cache_verify(
+    cache: CacheArgument = "./shards",
+    sample: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Also compute so many committed rows of each field again, with --teacher, and compare them."),
+    ] = None,
+    teacher: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="For --sample: the network that fields come from (name, id or folder). Several may be given."
+        ),
+    ] = None,
+    data: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="For --sample: where the source tars lie now. Default: where they were extracted from."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For --sample: of the draw of rows.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="For --sample: rows in one forward pass.")] = 32,
+    device: Annotated[
+        str, typer.Option(help="For --sample: cuda, cuda:1, cpu. Default: cuda if there is one.")
+    ] = "auto",
+    as_json: JsonOption = False,
+) -> None:
     """Read every byte of a cache and say what is damaged, which rows and samples suffer, and what undoes it.
 
-    Exit code 4 if anything is damaged. Blocks that were not extracted yet are no damage.
+    Exit code 4 if anything is damaged, or if a row of --sample is not what its network says now; 5 if the network has
+    other weights than the cache was made with. Blocks that were not extracted yet are no damage.
     """
     from emkum.shards.audit import report_json, report_table
     from emkum.shards.store import open_store
     from emkum.shards.verify import verify
 
     store = open_store(_place(cache))
+    config, networks = None, []
+    if sample is not None or teacher:
+        from emkum.stage1_extract.live_check import SampleConfig, load_teachers
+
+        config = SampleConfig(sample or 0, tuple(teacher or ()), tuple(data or ()), seed, batch_size, device)
+        networks = load_teachers(store, config)
     with _BytesBar("verify") as bar:
         report = verify(store, progress=bar.show)
-    print(json.dumps(report_json(store, report), indent=1) if as_json else report_table(store, report))
+    if report.findings or config is None:
+        print(json.dumps(report_json(store, report), indent=1) if as_json else report_table(store, report))
     if report.findings:
         raise CorruptCache(_damage(cache, len(report.findings), "damaged"), f"next: emkum cache repair {cache}")
+    if config is not None:
+        from emkum.stage1_extract.live_check import check_sample, require_agreement, table
+
+        compared = check_sample(store, config, networks)
+        if as_json:
+            print(json.dumps(report_json(store, report) | {"sample": compared.to_json()}, indent=1))
+        else:
+            print(report_table(store, report) + "\n" + table(compared))
+        require_agreement(compared)
 
 
 @cache_app.command("repair")

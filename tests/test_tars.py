@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fuzzing import memory_below
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,8 +28,11 @@ from emkum.errors import (
     TruncatedTar,
     UsageError,
 )
+from emkum.shards import tars
 from emkum.shards.tars import (
     MAX_EXTENDED_HEADER_BYTES,
+    MAX_JSON_BYTES,
+    MAX_NAME_CHARACTERS,
     MAX_PADDING_BYTES,
     MAX_TEXT_BYTES,
     SourceTar,
@@ -75,6 +79,11 @@ def header_block(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     info = tarfile.TarInfo(name)
     info.size, info.type = size, kind
     return info.tobuf(tarfile.GNU_FORMAT)[-512:]
+
+
+def with_checksum(block: bytes) -> bytes:
+    block = block[:148] + b" " * 8 + block[156:]
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 
 def with_padding(data: bytes) -> bytes:
@@ -240,9 +249,8 @@ def test_a_size_beyond_the_octal_field_is_read(tmp_path: Path) -> None:
     # base-256 numbers, as GNU tar writes them from 8 GiB on
     block = bytearray(header_block("a.jpg", 0))
     block[124:136] = b"\x80" + (5).to_bytes(11, "big")
-    block[148:156] = b" " * 8
-    block[148:156] = f"{sum(block):06o}\0 ".encode()
-    first, _ = scan_tar(save(tmp_path, bytes(block) + with_padding(b"12345") + tar_bytes(PAIRS[2:]))).samples
+    content = with_checksum(bytes(block)) + with_padding(b"12345") + tar_bytes(PAIRS[2:])
+    first, _ = scan_tar(save(tmp_path, content)).samples
     assert first.picture is not None
     assert first.picture.size == 5
 
@@ -263,8 +271,7 @@ def test_the_quick_header_parser_agrees_with_tarfile(
     for at, value in damage:
         block[at] = value
     if repair:
-        block[148:156] = b" " * 8
-        block[148:156] = f"{sum(block):06o}\0 ".encode()
+        block = bytearray(with_checksum(bytes(block)))
     plain = plain_header(bytes(block))
     try:
         parsed = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "surrogateescape")
@@ -281,32 +288,165 @@ def test_the_quick_header_parser_agrees_with_tarfile(
 # Truncation
 
 
-@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_a_tar_cut_at_any_byte_is_noticed(tmp_path: Path, tar_format: int) -> None:
-    members = (
-        PAIRS if tar_format == tarfile.USTAR_FORMAT else [(f"{'n' * 120}{name}", data) for name, data in PAIRS[1:3]]
-    )
-    content = tar_bytes([*members, ("z.jpg", b"x" * 1300)], tar_format)
+def members_only(members: Iterable[tuple[str, bytes] | tarfile.TarInfo], tar_format: int) -> bytes:
+    content = tar_bytes(members, tar_format)
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        tar.getmembers()
+        return content[: tar.offset]  # where the closing blocks begin
+
+
+def six_samples() -> bytes:
+    """A tar of six samples in fifteen members, with long names in both ways, and what is not read between them."""
+    folder = tarfile.TarInfo("d/")
+    folder.type = tarfile.DIRTYPE
+    long = "é" * 51
+    parts = [
+        ([("0.jpg", b"picture 0" * 99), ("0.txt", b"caption 0")], tarfile.USTAR_FORMAT),
+        ([("1.json", b'{"captions": ["one", "two"]}'), ("1.jpg", b"x" * 512), ("1.cls", b"")], tarfile.USTAR_FORMAT),
+        ([("empty.jpg", b""), ("filtered.npy", b"x" * 513), folder], tarfile.USTAR_FORMAT),
+        ([(f"d/{long}.jpg", b"picture")], tarfile.PAX_FORMAT),
+        ([(".hidden", b"x"), (f"{long}.txt", b"caption"), (f"{long}.jpg", b"picture")], tarfile.GNU_FORMAT),
+        ([("./3.webp", b"x"), ("./3.seg.npy", b"x"), ("filtered2.json", b"{}")], tarfile.USTAR_FORMAT),
+    ]
+    return b"".join(members_only(members, tar_format) for members, tar_format in parts) + bytes(2048)
+
+
+def landmarks(content: bytes) -> tuple[list[tuple[str, int]], list[int], int]:
+    """What tarfile sees in a tar: (key, the bytes from which on the key is known to be complete) in order; the bytes
+    at which a member, with its padding, ends; and the bytes with which the end-of-archive marker is whole."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        members = tar.getmembers()
+    ends = [-(-(info.offset_data + info.size) // 512) * 512 for info in members]
+    complete: list[tuple[str, int]] = []
+    current = ""
+    for info in members:
+        folder, _, base = info.name.removeprefix("./").rpartition("/")
+        key = f"{folder}/{base.split('.')[0]}".lstrip("/")
+        if info.isfile() and key and not base.startswith(("__", ".")) and key != current:
+            complete += [(current, info.offset_data)] * bool(current)
+            current = key
+    return [*complete, (current, ends[-1] + 1024)], ends, ends[-1] + 1024
+
+
+def test_a_tar_cut_at_any_byte_is_refused_or_gives_exactly_what_is_complete(tmp_path: Path) -> None:
+    content = six_samples()
+    complete, ends, marker = landmarks(content)
     path = save(tmp_path, content)
-    whole = scan_tar(path).samples
-    end = len(content.rstrip(b"\0"))
-    marker = -(-end // 512) * 512 + 1024
+    whole = scan_tar(path)
+    assert len(whole.samples) == 6
+    assert (whole.filtered, whole.truncated_at, whole.missing_eof) == (2, None, False)
+    samples = {sample.key: sample for sample in whole.samples}
+    refusals = set()
     for length in reversed(range(len(content))):
         os.truncate(path, length)
-        if length < marker:
-            with pytest.raises(TruncatedTar):
-                scan_tar(path)
+        if length >= marker:
+            for options in ({}, {"on_truncated": "keep-complete"}, {"allow_missing_eof": True}):
+                tar = scan_tar(path, **options)
+                assert (tar.samples, tar.truncated_at, tar.missing_eof) == (whole.samples, None, False)
+            continue
+        kept = [samples[key] for key, known_at in complete if length >= known_at and key in samples]
+        plural = "" if len(kept) == 1 else "s"
+        what = f"{path} ends at byte {length} without end-of-archive; {len(kept)} complete sample{plural}"
+        with pytest.raises(TruncatedTar) as error:
+            scan_tar(path)
+        assert error.value.what == (what if length else f"{path} is empty (0 bytes)")
+        refusals.add((length in {*ends, ends[-1] + 512}, error.value.way_out))
+
+        if length < 512:
+            for options in ({"on_truncated": "keep-complete"}, {"allow_missing_eof": True}):
+                with pytest.raises(TruncatedTar):
+                    scan_tar(path, **options)
+            continue
+        tar = scan_tar(path, on_truncated="keep-complete")
+        assert list(tar.samples) == kept
+        assert tar.filtered == sum(length >= known_at and key not in samples for key, known_at in complete)
+        assert (tar.truncated_at, tar.bytes, tar.missing_eof) == (length, length, False)
+        if length in {*ends, ends[-1] + 512}:
+            both = scan_tar(path, on_truncated="keep-complete", allow_missing_eof=True)
+            tar = scan_tar(path, allow_missing_eof=True)
+            assert tar == both
+            assert (tar.truncated_at, tar.bytes, tar.missing_eof) == (None, length, True)
+            assert tar.sha256 == hashlib.sha256(content[:length]).hexdigest()
+            # All but the last are those of the whole tar; the last has the members that are there, and no others.
+            assert list(tar.samples[: len(kept)]) == kept
+            for last in tar.samples[len(kept) :]:
+                assert last.key not in {sample.key for sample in kept}
+                assert last.picture in (None, samples[last.key].picture)
+                assert last.captions in ((), samples[last.key].captions)
+            assert len(tar.samples) <= len(kept) + 1
         else:
-            assert scan_tar(path).samples == whole
+            with pytest.raises(TruncatedTar):
+                scan_tar(path, allow_missing_eof=True)
+    copy = "copy or write the tar again and compare its size with the original's"
+    keep = f"{copy}; --on-truncated keep-complete keeps its complete samples"
+    assert refusals == {
+        (False, copy),  # too short for one header: nothing shows that it was a tar
+        (False, keep),
+        (True, f"{keep}; no member is cut, so --allow-missing-eof takes it as whole"),
+    }
 
 
 def test_a_truncated_tar_is_named_with_the_byte_it_ends_at_and_its_complete_samples(tmp_path: Path) -> None:
     path = save(tmp_path, tar_bytes(PAIRS)[:3000])
     with pytest.raises(TruncatedTar) as error:
         scan_tar(path)
-    assert error.value.what == f"{path} ends at byte 3000 without an end-of-archive marker, after 1 complete samples"
-    assert error.value.way_out == "copy or write the tar again and compare its size with the original's"
+    assert error.value.what == f"{path} ends at byte 3000 without end-of-archive; 1 complete sample"
     assert error.value.exit_code == 3
+
+
+def test_the_last_sample_of_a_truncated_tar_is_dropped_though_its_members_are_whole(tmp_path: Path) -> None:
+    content = tar_bytes(PAIRS)
+    whole = scan_tar(save(tmp_path, content))
+    path = save(tmp_path, content[:4096], "cut.tar")
+    assert scan_tar(path, on_truncated="keep-complete").samples == whole.samples[:1]
+    assert scan_tar(path, allow_missing_eof=True).samples == whole.samples
+
+
+def test_other_damage_is_refused_with_every_option(tmp_path: Path) -> None:
+    damaged = bytearray(tar_bytes([*PAIRS, ("c.jpg", b"x")]))
+    damaged[2048 + 3] ^= 1
+    cases = {
+        "no valid tar header": bytes(damaged),
+        "data follows the end-of-archive marker": tar_bytes(PAIRS) * 2,
+        "a lone block of zeros": tar_bytes(PAIRS)[: 4096 + 512] + tar_bytes(PAIRS),
+        "is compressed": gzip.compress(tar_bytes(PAIRS)),
+        "is not a tar": b"<html>" * 1000,
+        "is split": tar_bytes([("0.jpg", b"x"), ("1.jpg", b"x"), ("0.txt", b"a")])[:2600],
+        "ends at byte 120 without end-of-archive": b"<html>" * 20,
+        "ends at byte 512 without end-of-archive": bytes(512),
+        "is empty": b"",
+    }
+    for what, content in cases.items():
+        with pytest.raises(BadTar, match=what):
+            scan_tar(save(tmp_path, content), on_truncated="keep-complete", allow_missing_eof=True)
+
+
+def test_the_options_reach_every_tar_of_several(tmp_path: Path) -> None:
+    content = tar_bytes(PAIRS)
+    paths = [save(tmp_path, content[:length], f"{length}.tar") for length in (3000, 4096, 5120)]
+    tars = scan_tars(paths, on_truncated="keep-complete", allow_missing_eof=True)
+    assert [(tar.truncated_at, tar.missing_eof) for tar in tars] == [(3000, False), (None, True), (None, False)]
+    with pytest.raises(TruncatedTar, match=r"4096\.tar"):
+        scan_tars(paths[1:], on_truncated="error")
+
+
+@pytest.mark.parametrize("change", ["grows", "shrinks"])
+@pytest.mark.parametrize("cut", [3000, 20480])
+def test_a_tar_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, cut: int
+) -> None:
+    content = tar_bytes([*PAIRS, ("c.jpg", b"x" * 5000)])[:cut]
+    path = save(tmp_path, content)
+    add = tars._Scan.add
+
+    def add_and_change(scan: Any, member: Any) -> None:
+        os.truncate(path, len(content) + 512 if change == "grows" else 2048)
+        add(scan, member)
+
+    monkeypatch.setattr(tars, "_PIECE_BYTES", 1024)
+    monkeypatch.setattr(tars._Scan, "add", add_and_change)
+    with pytest.raises(BadTar, match=f"changed while it was read: {len(content)} bytes, then"):
+        scan_tar(path, on_truncated="keep-complete", allow_missing_eof=True)
 
 
 def test_an_empty_file_is_a_truncated_tar(tmp_path: Path) -> None:
@@ -473,6 +613,93 @@ def test_a_malformed_pax_header_is_refused(tmp_path: Path, raw: bytes) -> None:
         scan_tar(save(tmp_path, content))
 
 
+def test_a_header_of_100_megabytes_is_refused_from_its_claim(tmp_path: Path) -> None:
+    for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE):
+        path = save(tmp_path, header_block("x", 100 << 20, kind))
+        os.truncate(path, 101 << 20)  # they are there, too: a hole in the file
+        with memory_below(4 << 20), pytest.raises(BadTar, match="an extended header of 104857600 bytes"):
+            scan_tar(path)
+
+
+def with_size_field(block: bytes, field: bytes) -> bytes:
+    return with_checksum(block[:124] + field.ljust(12, b"\0") + block[136:])
+
+
+@pytest.mark.parametrize(
+    ("field", "what"),
+    [
+        (b"\xff" * 12, "member 'a.jpg' has size -1"),
+        (b"\xff" + bytes(11), f"member 'a.jpg' has size {-(2**88)}"),
+        (b"-0000000001", "member 'a.jpg' has size -1"),
+        (b"00000000008", "is not a tar: no valid header at byte 0"),
+        (b"\x81" + bytes(11), "is not a tar: no valid header at byte 0"),
+        (b"\x80" + b"\xff" * 11, "ends at byte 5120 without end-of-archive; 0 complete samples"),
+        (b"7" * 12, "ends at byte 5120 without end-of-archive; 0 complete samples"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused(tmp_path: Path, field: bytes, what: str) -> None:
+    content = with_size_field(header_block("a.jpg", 0), field) + tar_bytes(PAIRS[2:])[: 4096 + 512]
+    with memory_below(4 << 20), pytest.raises(BadTar) as error:
+        scan_tar(save(tmp_path, content))
+    assert what in error.value.what
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("field", [b"\xff" * 12, b"\x80" + b"\xff" * 11])
+def test_an_extended_header_with_a_size_that_cannot_be_is_refused(tmp_path: Path, kind: bytes, field: bytes) -> None:
+    content = with_size_field(header_block("x", 0, kind), field) + tar_bytes(PAIRS)
+    with pytest.raises(BadTar, match=r"byte 0: an extended header of -?[0-9]+ bytes; at most"):
+        scan_tar(save(tmp_path, content))
+
+
+def test_a_name_of_a_megabyte_is_refused_in_a_short_message(tmp_path: Path) -> None:
+    for path_, tar_format in (
+        ("x" * 1_000_000 + ".jpg", tarfile.GNU_FORMAT),
+        ("x" * 5000 + ".jpg", tarfile.PAX_FORMAT),
+    ):
+        with memory_below(16 << 20), pytest.raises(BadTar, match=r"a member name of [0-9]+ characters") as error:
+            scan_tar(save(tmp_path, tar_bytes([(path_, b"x")], tar_format)))
+        assert len(error.value.what) < 300
+    name = "x" * (MAX_NAME_CHARACTERS - 4)
+    assert scan(tmp_path, [(f"{name}.jpg", b"x")], tarfile.PAX_FORMAT).samples[0].key == name
+
+
+@pytest.mark.parametrize("name", ["../a.jpg", "/a.jpg", "a\0.jpg", "a\n.jpg", "d/../../a.jpg", ""])
+def test_a_hostile_name_in_a_pax_header_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BadTar, match=r"is not plain UTF-8 text|is not a plain relative path"):
+        scan_tar(save(tmp_path, pax(tarfile.XHDTYPE, {"path": name}) + tar_bytes(PAIRS)))
+
+
+@pytest.mark.parametrize("records", [{"path": "a.jpg"}, {"size": "7"}, {"GNU.sparse.major": "1"}])
+def test_a_global_header_that_names_or_sizes_all_members_is_refused(tmp_path: Path, records: dict[str, str]) -> None:
+    with pytest.raises(BadTar, match=r"byte 0: a global pax header sets '(path|size|GNU\.sparse\.)' of all members"):
+        scan_tar(save(tmp_path, pax(tarfile.XGLTYPE, records) + tar_bytes(PAIRS)))
+
+
+def test_a_member_with_two_extended_names_or_sizes_is_refused(tmp_path: Path) -> None:
+    long_name = header_block("././@LongLink", 6, tarfile.GNUTYPE_LONGNAME) + with_padding(b"z.jpg\0")
+    path, size = pax(tarfile.XHDTYPE, {"path": "y.jpg"}), pax(tarfile.XHDTYPE, {"size": "9"})
+    for headers in (long_name * 2, path * 2, path + size, long_name + path, path + long_name):
+        with pytest.raises(BadTar, match="two extended headers for one member"):
+            scan_tar(save(tmp_path, headers + tar_bytes(PAIRS)))
+    assert scan_tar(save(tmp_path, long_name + size + tar_bytes(PAIRS))).samples[0].key == "z"
+
+
+def test_a_pax_size_beyond_the_file_is_a_truncated_tar(tmp_path: Path) -> None:
+    content = pax(tarfile.XHDTYPE, {"size": "9" * 20}) + tar_bytes(PAIRS)
+    with memory_below(4 << 20), pytest.raises(TruncatedTar, match="; 0 complete samples"):
+        scan_tar(save(tmp_path, content))
+
+
+def test_headers_of_all_members_do_not_pile_up(tmp_path: Path) -> None:
+    with open(tmp_path / "a.tar", "wb") as file:
+        for number in range(100):
+            file.write(pax(tarfile.XGLTYPE, {f"comment{number}": "x" * 200_000}))
+        file.write(tar_bytes(PAIRS))
+    with memory_below(6 << 20):
+        assert len(scan_tar(str(tmp_path / "a.tar")).samples) == 2
+
+
 @pytest.mark.parametrize("size", ["-1", "abc", "1e3", "9" * 30])
 def test_a_pax_size_that_is_no_number_is_refused(tmp_path: Path, size: str) -> None:
     with pytest.raises(BadTar, match="a pax header with size"):
@@ -507,6 +734,13 @@ def test_an_extended_header_without_its_member_is_refused(tmp_path: Path) -> Non
         (b'{"caption": "one", "caption": "two"}', "'caption' appears twice"),
         (b'{"label": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
         (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "it is nested too deeply"),
+        (b'{"a": ' + b"[" * 1_000_000, "it is nested too deeply"),
+        (b'{"caption": NaN}', "'caption' holds a number, not a string"),
+        (b'{"label": NaN}', "'label' holds a number, not a string"),
+        (b'{"label": 1e999}', "'label' holds a number, not a string"),
+        (b'{"label": 1, "label": 2}', "'label' appears twice"),
+        (b'{"x": -' + b"9" * 5000 + b"}", "Exceeds the limit"),
+        (b'{"caption": "one"} {"caption": "two"}', "Extra data"),
     ],
 )
 def test_bad_json_is_named_by_tar_key_and_offset(tmp_path: Path, raw: bytes, what: str) -> None:
@@ -528,55 +762,116 @@ def test_text_must_be_utf8(tmp_path: Path, ext: str) -> None:
         scan(tmp_path, [(f"a.{ext}", b"caf\xe9")])
 
 
-def test_text_members_are_bounded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ext", ["json", "txt", "cls"])
+def test_text_members_are_bounded(tmp_path: Path, ext: str) -> None:
     path = tmp_path / "a.tar"
-    with open(path, "wb") as file:
-        file.write(header_block("a.json", MAX_TEXT_BYTES + 1))
-        file.truncate(MAX_TEXT_BYTES + 4096)
-    with pytest.raises(BadTar, match=f"the json of key 'a' has {MAX_TEXT_BYTES + 1} bytes; at most {MAX_TEXT_BYTES}"):
-        scan_tar(str(path))
+    limit = MAX_JSON_BYTES if ext == "json" else MAX_TEXT_BYTES
+    for size in (limit + 1, 100 << 20):
+        with open(path, "wb") as file:
+            file.write(header_block(f"a.{ext}", size))
+            file.truncate(size + 4096)  # a hole
+        with (
+            memory_below(4 << 20),
+            pytest.raises(BadTar, match=f"the {ext} of key 'a' has {size} bytes; at most {limit}"),
+        ):
+            scan_tar(str(path))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"x": [' + b"[]," * 1_000_000 + b"[]]}",
+        b'{"x": [' + b"{}," * 1_000_000 + b"{}]}",
+        b'{"x": "' + b"\\u0000" * 600_000 + b'"}',
+        b"{" + b",".join(b'"%x": 1' % number for number in range(300_000)) + b"}",
+    ],
+)
+def test_json_that_unfolds_in_memory_is_bounded(tmp_path: Path, raw: bytes) -> None:
+    assert len(raw) < MAX_JSON_BYTES
+    path = save(tmp_path, tar_bytes([("a.json", raw), ("a.txt", b"one")]))
+    with memory_below(160 << 20):
+        assert scan_tar(path).samples[0].captions == ("one",)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tars in general
 
-KEYS = st.text("abc01", min_size=1, max_size=3)
+KEYS = st.sampled_from(["a", "b", "a1", "é", "d/a", "d.x/a"])
 EXTS = st.sampled_from(["jpg", "png", "json", "txt", "cls", "npy", "JPG", "b.jpg", "b.npy"])
 TEXTS = st.sampled_from([b"", b"one", b'{"caption": "one"}', b'{"captions": ["one", "two"]}', b"x" * 513])
+PASSED_OVER = st.sampled_from([".hidden", "d/.DS_Store", "._a.jpg", "__meta__", "__meta__/a.jpg"])
+JSONS = {b'{"caption": "one"}': ("one",), b'{"captions": ["one", "two"]}': ("one", "two")}
 
 
-@settings(max_examples=300, deadline=None)
-@given(members=st.lists(st.tuples(KEYS, EXTS, TEXTS, st.sampled_from(["", "./", "d/"])), max_size=7))
-def test_every_sample_is_one_contiguous_run_of_one_key(
-    members: list[tuple[str, str, bytes, str]], tmp_path_factory: pytest.TempPathFactory
+@st.composite
+def member_lists(draw: st.DrawFn) -> list[tuple[str, bytes]]:
+    """Mostly well-formed lists of members, some with a member moved, repeated, or between others."""
+    members = []
+    for key in draw(st.lists(KEYS, max_size=4, unique=draw(st.sampled_from([True, True, True, False])))):
+        exts = draw(st.lists(EXTS, min_size=1, max_size=3, unique=draw(st.sampled_from([True, True, False]))))
+        members += [(f"{key}.{ext}", draw(st.sampled_from(list(JSONS)) if ext == "json" else TEXTS)) for ext in exts]
+    for name in draw(st.lists(PASSED_OVER, max_size=2)):
+        members.insert(draw(st.integers(0, len(members))), (name, b"x"))
+    if len(members) > 1 and draw(st.sampled_from([False, False, True])):
+        members.insert(draw(st.integers(0, len(members) - 1)), members.pop(draw(st.integers(0, len(members) - 1))))
+    prefixes = draw(st.sampled_from([("",), ("",), ("./",), ("", "./")]))
+    return [(draw(st.sampled_from(prefixes)) + name, data) for name, data in members]
+
+
+@settings(max_examples=400, deadline=None)
+@given(members=member_lists(), tar_format=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT]))
+def test_every_sample_is_one_contiguous_run_and_what_webdataset_mixes_up_is_refused(
+    members: list[tuple[str, bytes]], tar_format: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    content = tar_bytes([(f"{folder}{key}.{ext}", data) for key, ext, data, folder in members])
+    content = tar_bytes(members, tar_format)
     path = save(tmp_path_factory.getbasetemp(), content, "generated.tar")
+    # The runs, by tarfile: (key, {extension: (offset, size)}) wherever the key changes.
+    runs: list[tuple[str, dict[str, tuple[int, int]]]] = []
+    wrong = False
+    with tarfile.open(path) as tar:
+        for info in tar:
+            name = info.name.removeprefix("./")
+            folder, slash, base = name.rpartition("/")
+            key, ext = folder + slash + base.partition(".")[0], base.partition(".")[2].lower()
+            if base.startswith(".") or name.startswith("__"):
+                continue
+            if not runs or runs[-1][0] != key:
+                wrong |= any(other == key for other, _ in runs)
+                runs.append((key, {}))
+            wrong |= ext in runs[-1][1] or ext == "b.jpg" or {ext, *runs[-1][1]} >= {"jpg", "png"}
+            runs[-1][1][ext] = (info.offset_data, info.size)
     try:
-        tar = scan_tar(path)
+        found = scan_tar(path)
     except BadTar:
+        assert wrong, "a tar without a fault was refused"
         return
-    runs: list[tuple[str, dict[str, bytes]]] = []
-    for key, ext, data, folder in members:
-        full = folder.removeprefix("./") + key
-        if not runs or runs[-1][0] != full:
-            runs.append((full, {}))
-        assert ext.lower() not in runs[-1][1], "a duplicate member was let through"
-        runs[-1][1][ext.lower()] = data
-    assert len({key for key, _ in runs}) == len(runs), "a split key was let through"
-    kept = {sample.key: sample for sample in tar.samples}
-    assert len(kept) + tar.filtered == len(runs)
+    assert not wrong, "a split key, a duplicate, a dotted name or a second picture was let through"
+
+    def data(place: tuple[int, int] | None) -> bytes:
+        return content[place[0] : sum(place)] if place else b""
+
+    kept = {sample.key: sample for sample in found.samples}
+    assert len(kept) + found.filtered == len(runs)
+    assert list(kept) == [key for key, _ in runs if key in kept]
     for key, run in runs:
-        pictures = [data for ext, data in run.items() if ext in ("jpg", "png")]
-        sample = kept.get(key)
-        if sample is None:
-            assert not pictures
-            assert run.get("txt", b"") == b""
-            continue
-        assert pictures == ([read_member(path, sample.picture.offset, sample.picture.size)] if sample.picture else [])
-        from_json = json.loads(run.get("json", b"{}"))
-        captions = from_json.get("captions") or [from_json.get("caption") or run.get("txt", b"").decode()]
-        assert sample.captions == tuple(filter(None, captions))
+        picture = next((place for ext, place in run.items() if ext in ("jpg", "png")), None)
+        captions = JSONS.get(data(run.get("json"))) or tuple(filter(None, [data(run.get("txt")).decode()]))
+        if key in kept:
+            ours = kept[key].picture
+            assert ((ours.offset, ours.size) if ours else None) == picture
+            assert kept[key].captions == captions
+            assert kept[key].label == (data(run.get("cls")).decode() or None)
+        else:
+            assert (picture, captions) == (None, ())
+
+    # Read right, where webdataset does not: ./a and a are one key, d/.hidden and ./__meta__/a.jpg belong to none.
+    mixed = len({name.startswith("./") for name, _ in members}) > 1
+    if not mixed and not any("d/." in name or name.startswith("./__") for name, _ in members):
+        theirs = [
+            (sample["__key__"].removeprefix("./"), sample.keys() - {"__key__", "__url__"})
+            for sample in read_by_webdataset(path)
+        ]
+        assert theirs == [(key, run.keys()) for key, run in runs]
 
 
 @settings(max_examples=200, deadline=None)
@@ -616,6 +911,43 @@ def read_by_webdataset(path: str) -> list[dict[str, Any]]:
 
     with open(path, "rb") as file:  # webdataset's own opener leaves the file to the garbage collector
         return list(group_by_keys(tar_file_expander([{"url": path, "stream": file}])))
+
+
+@pytest.mark.parametrize(
+    ("names", "theirs"),
+    [
+        (["0.jpg", "1.jpg", "0.txt", "1.txt"], [{"jpg"}, {"jpg"}, {"txt"}, {"txt"}]),
+        (["i.v1.1.jpg", "i.v1.2.jpg"], [{"v1.1.jpg", "v1.2.jpg"}]),
+        (["./0.jpg", "0.txt"], [{"jpg"}, {"txt"}]),
+        (["0.jpg", "README", "0.txt"], [{"jpg", "txt"}]),
+    ],
+)
+def test_what_webdataset_mixes_up_in_silence_is_refused_or_read_right(
+    tmp_path: Path, names: list[str], theirs: list[set[str]]
+) -> None:
+    path = save(tmp_path, tar_bytes([(name, b"x") for name in names]))
+    assert [sample.keys() - {"__key__", "__url__"} for sample in read_by_webdataset(path)] == theirs
+    if names[0].startswith("./"):
+        (sample,) = scan_tar(path).samples
+        assert (sample.key, sample.captions) == ("0", ("x",))
+    else:
+        with pytest.raises(BadTar):
+            scan_tar(path)
+
+
+def test_a_missing_member_is_not_taken_from_a_neighbour(tmp_path: Path) -> None:
+    members = [("0.jpg", b"x"), ("1.txt", b"one"), ("2.jpg", b"x"), ("2.txt", b"two"), ("3.jpg", b"x")]
+    found = [(s.key, s.picture is not None, s.captions) for s in scan(tmp_path, members).samples]
+    assert found == [("0", True, ()), ("1", False, ("one",)), ("2", True, ("two",)), ("3", True, ())]
+
+
+def test_a_key_in_two_tars_is_two_samples(tmp_path: Path) -> None:
+    paths = [save(tmp_path, tar_bytes([("0.jpg", name.encode())]), name) for name in ("a.tar", "b.tar")]
+    for tar, name in zip(scan_tars(paths), ("a.tar", "b.tar"), strict=True):
+        (sample,) = tar.samples
+        assert sample.picture is not None
+        assert (tar.name, sample.key) == (name, "0")
+        assert read_member(tar.path, sample.picture.offset, sample.picture.size) == name.encode()
 
 
 def test_webdataset_reads_the_same_samples(tmp_path: Path) -> None:
@@ -758,6 +1090,14 @@ def test_pipes_and_urls_are_refused(pattern: str) -> None:
     assert "local tars only" in error.value.way_out
 
 
+@pytest.mark.parametrize("pattern", ["a\0.tar", "d\0/*.tar", "{a,b\0}", "\ud800.tar", "~\0/a.tar"])
+def test_what_no_file_can_be_called_is_refused(pattern: str) -> None:
+    with pytest.raises(UsageError, match="cannot be the name of a file"):
+        find_tars([pattern])
+    with pytest.raises(UsageError, match="cannot be the name of a file"):
+        scan_tar(pattern, name="a.tar")
+
+
 @pytest.mark.parametrize("pattern", ["data/{0..3.tar", "a}{.tar"])
 def test_unbalanced_braces_are_refused(house: Path, pattern: str) -> None:
     with pytest.raises(UsageError):
@@ -768,6 +1108,13 @@ def test_unbalanced_braces_are_refused(house: Path, pattern: str) -> None:
 def test_braces_that_name_too_many_files_are_refused(pattern: str) -> None:
     with pytest.raises(UsageError, match=r"names more than 1,000,000 files"):
         find_tars([pattern])
+
+
+def test_braces_far_inside_each_other_are_refused() -> None:
+    with pytest.raises(UsageError, match="20000 braces inside each other"):
+        find_tars(["{a," * 20_000 + "}" * 20_000])
+    with pytest.raises(NoData, match="21 of the 21"):
+        find_tars(["{" * 20 + "a" + ",b}" * 20])
 
 
 def test_a_path_with_braces_in_its_name_is_itself(house: Path) -> None:

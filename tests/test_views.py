@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
+import re
 import struct
 import subprocess
 import sys
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +72,12 @@ def png(width: int, height: int, depth: int, kind: int, raw: bytes, *chunks: tup
     header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
     body = b"\x89PNG\r\n\x1a\n"
     for name, data in [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]:
-        body += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        body += chunk(name, data)
     return body
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def exif(orientation: int, order: str = "<") -> bytes:
@@ -560,6 +567,181 @@ def test_a_torn_picture_is_bad_or_whole_never_padded(kind: str) -> None:
     assert refused >= len(data) - 32
     assert "\n" not in reason
     assert len(reason) < 240
+
+
+def with_chunk(png_bytes: bytes, name: bytes, data: bytes) -> bytes:
+    """The PNG with one more chunk, right after its header."""
+    return png_bytes[:33] + chunk(name, data) + png_bytes[33:]
+
+
+def with_sides(jpeg: bytes, width: int, height: int) -> bytes:
+    """The JPEG with other dimensions in its frame header."""
+    at = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:at] + struct.pack(">HH", height, width) + jpeg[at + 4 :]
+
+
+def animation(kind: str, **options: object) -> bytes:
+    first, second = Image.new("RGB", (8, 8), (200, 100, 50)), Image.new("RGB", (8, 8), "blue")
+    return encode(first, kind, save_all=True, append_images=[second], duration=9, **options)
+
+
+def corpus() -> Iterator[tuple[str, bytes, list[int] | str]]:
+    """(row of the table in docs/data.md, picture, its one colour or the reason why it is bad) of odd pictures."""
+    colour = (200, 100, 50)
+    plain = Image.new("RGB", (8, 8), colour)
+    jpeg, png_, webp, gif = (encode(plain, kind, quality=95) for kind in ("JPEG", "PNG", "WEBP", "GIF"))
+    opaque, clear, half = ((*colour, alpha) for alpha in (255, 0, 128))
+    over_white = [round((value * 128 + 255 * 127) / 255) for value in colour]
+    undecodable, unknown = "it cannot be decoded: ", "not a JPEG, PNG, WebP or GIF; it begins with "
+
+    row = "wrong extension (a PNG named `.jpg`)"  # a name is no argument of decode_view
+    yield row, png_, [*colour]
+    row = "progressive JPEG"
+    yield row, encode(plain, "JPEG", progressive=True, quality=95), [*colour]
+    row = "grey, 1 bit to 8 bits"
+    yield row, png(4, 1, 1, 0, b"\0\xf0"), [255] * 3
+    yield row, png(4, 1, 2, 0, b"\0\x55"), [85] * 3
+    yield row, png(4, 1, 4, 0, b"\0\x77\x77"), [119] * 3
+    yield row, encode(Image.new("L", (8, 8), 77), "PNG"), [77] * 3
+    yield row, encode(Image.new("L", (8, 8), 77), "JPEG"), [77] * 3
+    row = "16 bits a channel"
+    yield row, encode(Image.new("I;16", (8, 8), 0x4DFF), "PNG"), [0x4D] * 3
+    yield row, png(1, 1, 16, 2, b"\0" + bytes([200, 255, 100, 0, 50, 7])), [*colour]
+    yield row, png(1, 1, 16, 6, b"\0" + bytes([200, 255, 100, 0, 50, 7, 255, 255])), [*colour]
+    row = "grey or colour with alpha"
+    yield row, encode(Image.new("RGBA", (8, 8), opaque), "PNG"), [*colour]
+    yield row, encode(Image.new("RGBA", (8, 8), clear), "PNG"), [255] * 3
+    yield row, encode(Image.new("RGBA", (8, 8), half), "WEBP", lossless=True), over_white
+    yield row, encode(Image.new("LA", (8, 8), (0, 51)), "PNG"), [204] * 3
+    yield row, png(1, 1, 16, 4, b"\0\0\0\x33\x33"), [204] * 3
+    row = "palette, with or without alpha"
+    palette = plain.convert("P", palette=Image.Palette.ADAPTIVE)
+    index = palette.getpixel((0, 0))
+    yield row, encode(palette, "PNG"), [*colour]
+    yield row, gif, [*colour]
+    yield row, encode(palette, "PNG", transparency=bytes([255] * int(index) + [128])), over_white
+    row = "colour marked as transparent"
+    yield row, encode(plain, "PNG", transparency=colour), [255] * 3
+    yield row, encode(palette, "GIF", transparency=index), [255] * 3
+    row = "CMYK JPEG"
+    yield row, encode(Image.new("CMYK", (8, 8), (55, 155, 205, 0)), "JPEG", quality=95), [*colour]
+    row = "colour profile"
+    for kind in ("JPEG", "PNG", "WEBP"):
+        yield row, encode(plain, kind, quality=95, icc_profile=b"not a profile" * 9), [*colour]
+    row = "EXIF orientation 1 to 8"  # which way: test_a_picture_is_turned_upright_by_its_exif
+    for orientation in range(1, 9):
+        yield row, encode(plain, "PNG", exif=exif(orientation)), [*colour]
+    row = "EXIF that cannot be read"
+    yield row, encode(plain, "JPEG", quality=95, exif=exif(6)[:20]), [*colour]
+    yield row, encode(plain, "PNG", exif=b"Exif\0\0nonsense"), [*colour]
+    row = "animated GIF, PNG or WebP, whatever its name"
+    for data in (animation("GIF"), animation("PNG"), animation("WEBP", lossless=True)):
+        yield row, data, [*colour]
+    row = "several pictures in one JPEG (MPO)"
+    yield row, animation("MPO", quality=95), [*colour]
+    row = "bytes after its end"
+    for data in (jpeg, png_, webp, gif):
+        yield row, data + b"\0garbage\xff\xd8\xff" * 99, [*colour]
+        yield row, data + data, [*colour]
+    row = "1 x 1 pixel"
+    for kind in ("JPEG", "PNG", "WEBP", "GIF"):
+        yield row, encode(Image.new("RGB", (1, 1), colour), kind, quality=95), [*colour]
+    row = "slivers, 1 x N and N x 1"
+    for side in ((1, 40_000), (40_000, 1), (2, 999), (999, 2)):
+        yield row, encode(Image.new("RGB", side, colour), "PNG"), [*colour]
+        yield row, encode(Image.new("RGB", side, colour), "JPEG", quality=95), [*colour]
+    row = "data longer than the picture"
+    yield row, png(1, 1, 8, 2, b"\0" + bytes(colour) + bytes(1 << 20)), [*colour]
+
+    row = "cut anywhere before its last pixels"  # at every byte: test_a_torn_picture_is_bad_or_whole_never_padded
+    for kind in ("JPEG", "PNG", "WEBP", "GIF"):
+        data = encode(photo(64, 48), kind)
+        for length in (20, len(data) // 3, len(data) * 2 // 3):
+            yield row, data[:length], undecodable
+    row = "0 bytes"
+    yield row, b"", "empty (0 bytes)"
+    row = "HTML, XML or SVG"
+    for start in (b"<!DOCTYPE html>", b"\n <HTML>", b"<?xml version='1.0'?>", b"<svg xmlns=''>"):
+        yield row, start + b" " * 99, "a web page or XML, not a picture"
+    row = "BMP, TIFF, AVIF, HEIC, JPEG 2000, PDF, ..."
+    for data in (*(encode(plain, kind) for kind in ("BMP", "TIFF", "PDF", "PPM")), b"\0\0\0\x20ftypheic", b"RI"):
+        yield row, data, unknown
+    row = "bytes before its beginning"
+    for data in (jpeg, png_, webp, gif):
+        yield row, b"\n" + data, unknown
+    row = "more than 200 megapixels or 65,535 pixels a side"
+    yield row, png(100_000, 100_000, 8, 2, b""), "100000 x 100000 pixels; at most"
+    yield row, with_sides(jpeg, 65_000, 65_000), "65000 x 65000 pixels; at most"
+    yield row, gif[:6] + struct.pack("<HH", 60_000, 60_000) + gif[10:], "60000 x 60000 pixels; at most"
+    row = "no width or no height"
+    for sides in ((0, 8), (8, 0), (0, 0)):
+        yield row, with_sides(jpeg, *sides), undecodable
+        yield row, png(*sides, 8, 2, bytes(300)), undecodable
+    row = "text or profile that unpacks to more than 1 MiB"
+    bomb = b"k\0\0" + zlib.compress(bytes(8 << 20))
+    for name in (b"zTXt", b"iCCP"):
+        yield row, with_chunk(png_, name, bomb), undecodable
+    yield row, with_chunk(png_, b"iTXt", b"k\0\1\0\0\0" + bomb[3:]), undecodable
+
+
+def documented_rules() -> dict[str, str]:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "data.md").read_text()
+    table = text.split("| picture | what becomes of it |\n|---|---|\n")[1].split("\n\n")[0]
+    return dict(re.fullmatch(r"\| (.+) \| (.+) \|", line).groups() for line in table.splitlines())  # type: ignore[union-attr]
+
+
+def test_every_odd_picture_follows_the_rule_that_the_documentation_states() -> None:
+    rules = documented_rules()
+    seen = set()
+    for row, data, expected in corpus():
+        seen.add(row)
+        rule = rules[row]
+        if isinstance(expected, str):
+            assert rule.startswith("bad"), row
+            with pytest.raises(BadPicture) as error:
+                decode_view(data, 8, lambda w, h: box_for(CENTRE, "a.tar", "k", 0, w, h))
+            assert error.value.what.startswith(expected), row
+            assert expected.split("; at most")[0].strip() in rule or "W x H" in rule, row
+        else:
+            assert not rule.startswith("bad"), row
+            for policy in (CENTRE, ViewPolicy(crop=(0.3, 1.0), flip=True)):
+                crop, box = decode_view(data, 8, partial(box_for, policy, "a.tar", "k", 0))
+                assert np.abs(crop.astype(int) - expected).max() <= 3, (row, crop[0, 0], expected)
+                assert np.array_equal(replay_view(data, 8, box), crop)
+    assert seen == set(rules)
+
+
+BOMBS_IN_LITTLE_MEMORY = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from test_views import *
+
+def vast(width, height):
+    return decode_view(png(width, height, 8, 2, b""), 8, lambda w, h: box_for(CENTRE, "a.tar", "k", 0, w, h))
+
+bombs = [(row, data) for row, data, expected in corpus() if "more than" in row]
+decode_view(encode(photo(8, 8), "PNG"), 8, whole)
+(now,) = (int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (now + (48 << 20),) * 2)
+for row, data in bombs:
+    try:
+        decode_view(data, 8, lambda w, h: box_for(CENTRE, "a.tar", "k", 0, w, h))
+    except BadPicture as error:
+        print("bad")
+try:
+    vast(14_000, 14_000)  # allowed, and more than there is memory for: the limit is real
+except MemoryError:
+    print("no memory")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the size of the process from /proc")
+def test_bombs_are_refused_in_a_process_with_little_memory() -> None:
+    tests = str(Path(__file__).parent)
+    command = [sys.executable, "-c", BOMBS_IN_LITTLE_MEMORY, tests]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert (result.stdout.split("\n"), result.stderr) == (["bad"] * 6 + ["no memory", ""], "")
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ class Claims:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self._own_clock = store.local is not None and not _is_network(store.local)
+        self._offset, self._offset_until = 0.0, 0.0  # of the storage's clock from ours
 
     @contextlib.contextmanager
     def planning(self, join: bool, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
@@ -135,6 +137,11 @@ class Claims:
                 elif drop_dead and name.startswith("writer-"):
                     self.store.remove(path)
         return list(found.values())
+
+    def holder_of(self, key: str) -> Holder | None:
+        """Who has the claim on `key` at this moment."""
+        last = self._generations(key)
+        return self._holder(self._path(key, last[-1]))[0] if last else None
 
     def take(self, key: str) -> Claim | None:
         """The claim on `key`, or None while another living process has it."""
@@ -228,15 +235,16 @@ class Claims:
         return seconds < STALE_SECONDS
 
     def _now(self) -> float:
-        """The storage's own clock: those of two machines may differ."""
-        if self.store.local is not None and not _is_network(self.store.local):
+        """The storage's own clock: those of two machines may differ. Looked at once in a while."""
+        if self._own_clock:
             return time.time()
-        path = f"{CLAIMS}/clock-{self._me.token}.json"
-        self.store.write(path, b"{}\n")
-        try:
-            return self.store.modified(path)
-        finally:
+        if time.monotonic() > self._offset_until:
+            path = f"{CLAIMS}/clock-{self._me.token}.json"
+            self.store.write(path, b"{}\n")
+            self._offset = self.store.modified(path) - time.monotonic()
+            self._offset_until = time.monotonic() + STALE_SECONDS / 2
             self.store.remove(path)
+        return time.monotonic() + self._offset
 
     # --- the heartbeat -----------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ MAX_NAME_CHARACTERS = 4096  # what Linux allows a path
 MAX_EXTENDED_HEADER_BYTES = 1 << 20
 MAX_PADDING_BYTES = 1 << 20  # zeros after the end-of-archive marker; tar writes 10,240 or one record (-b)
 MAX_BRACE_PATHS = 1_000_000
+MAX_BRACE_DEPTH = 20
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
@@ -178,6 +179,9 @@ def _require_path(path: str) -> None:
 
 
 def _braces(pattern: str) -> list[str]:
+    depth = max(itertools.accumulate((character == "{") - (character == "}") for character in pattern))
+    if depth > MAX_BRACE_DEPTH:  # braceexpand's time and recursion grow with it
+        raise UsageError(f"{depth} braces inside each other in {pattern!r}", "write {00000..00012} or {a,b}")
     too_many = UsageError(f"{pattern!r} names more than {MAX_BRACE_PATHS:,} files", "name a folder or a glob instead")
     for first, last in re.findall(r"\{(-?\d{1,40})\.\.(-?\d{1,40})", pattern):
         if abs(int(last) - int(first)) >= MAX_BRACE_PATHS:  # braceexpand would fill the memory before its first path

@@ -11,6 +11,7 @@ from emkum.shards.layout import Space, receipt_path
 from emkum.shards.ledger import receipt_names
 from emkum.stage1_extract.plan import Plan, Task
 
+SAY_SECONDS = 60.0  # between two lines about waiting
 Say = Callable[[str], None]
 
 
@@ -28,22 +29,22 @@ class ClaimedBlocks:
     def rounds(self) -> Iterator[list[Task]]:
         """What is missing, again and again, until nothing is."""
         missing = list(self._plan.tasks)
-        told = False
+        say_again = 0.0
         while missing:
             before = self._taken
             yield missing
             missing = self._missing(missing)
             if missing and self._taken == before:
-                if not told:
-                    self._say(f"{len(missing)} blocks are in the hands of other processes: waiting for them")
-                told = True
+                if time.monotonic() > say_again:
+                    holder = self._claims.holder_of(self._key(missing[0]))
+                    self._say(f"waiting for {len(missing)} blocks of other processes, the first of {holder or 'one'}")
+                    say_again = time.monotonic() + SAY_SECONDS
                 time.sleep(POLL_SECONDS)
 
     def take(self, tasks: Sequence[Task]) -> Iterator[Task]:
         """The tasks that could be claimed, each with the fields it still lacks."""
         for task in tasks:
-            key = block_key(self._space(task), task.block, task.view)
-            claim = self._claims.take(key)
+            claim = self._claims.take(self._key(task))
             if claim is None:
                 continue
             lacking = tuple(n for n in task.fields if not self._plan.writer.is_committed(n, task.block, task.view))
@@ -70,6 +71,9 @@ class ClaimedBlocks:
             if lacking:
                 found.append(replace(task, fields=lacking))
         return found
+
+    def _key(self, task: Task) -> str:
+        return block_key(self._space(task), task.block, task.view)
 
     def _space(self, task: Task) -> Space:
         return self._plan.fields[task.fields[0]].spec.space
