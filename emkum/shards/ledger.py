@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from emkum.shards.layout import (
 )
 from emkum.shards.store import Store
 from emkum.shards.strict_json import loads
+
+REQUESTS_AT_A_TIME = 16
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,13 @@ def receipt_names(store: Store, field: str) -> list[str]:
 
 def read_receipts(store: Store, field: str) -> dict[tuple[int, int], Receipt]:
     """All receipts of a field by (block, view). Raises CorruptCache for one that does not hold together."""
-    found = {}
-    for path in receipt_names(store, field):
-        receipt = read_receipt(store, path)
-        found[receipt.block, receipt.view] = receipt
-    return found
+    paths = receipt_names(store, field)
+    if store.local is None:  # every read is a request: many at a time
+        with ThreadPoolExecutor(REQUESTS_AT_A_TIME) as pool:
+            receipts = list(pool.map(lambda path: read_receipt(store, path), paths))
+    else:
+        receipts = [read_receipt(store, path) for path in paths]
+    return {(receipt.block, receipt.view): receipt for receipt in receipts}
 
 
 def with_digest(record: dict[str, Any]) -> dict[str, Any]:

@@ -142,7 +142,11 @@ def new_sources(segments: Sequence[Segment], split: str, tars: Sequence[SourceTa
             continue
         segment, source = known[tar.name]
         if source.sha256 != tar.sha256:
-            was = "" if source.truncated is None else f" (a tar cut off at byte {source.truncated}, kept as far as whole)"
+            was = (
+                ""
+                if source.truncated is None
+                else f" (as far as it was whole: it was cut off at byte {source.truncated})"
+            )
             raise SourceChanged(
                 f"{tar.path} is not the {tar.name} that segment {segment.number} was extracted from{was}: "
                 f"{source.bytes} bytes, sha256 {source.sha256[:12]}... then; "

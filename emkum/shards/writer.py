@@ -145,7 +145,7 @@ class CacheWriter:
         """Keeps a frozen network's files, unless one of this name is kept; files.json says what they must be."""
         listed = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in files.items()}
         record = {NETWORK_FILES: pretty_json(with_digest({"files": listed}))}
-        self.store.create_folder(model_dir(name), dict(files) | record)
+        self.store.create_folder(model_dir(name), record | dict(files))  # model.json, by which it is known, last
 
     def append_segment(self, split: str, views: ViewPolicy, tars: Sequence[SourceTar]) -> Segment:
         """Adds the samples of `tars`; rows exist from now on, their blocks are committed one by one."""
