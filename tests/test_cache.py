@@ -21,6 +21,7 @@ from emkum.shards.reader import Cache
 from emkum.shards.tars import PictureMember, SourceSample, SourceTar
 from emkum.shards.views import ViewPolicy
 from emkum.shards.writer import CacheWriter
+from tests.tiny_cache import make_cache
 
 GOLDEN = Path(__file__).parent / "golden" / "format-1"
 FIELDS = sorted(golden.FIELDS)
@@ -470,3 +471,17 @@ def test_what_a_storage_type_cannot_hold_is_refused(bad: float) -> None:
     values[1, 1] = bad
     with pytest.raises(ValueError, match=r"finite|65504"):
         encode(values, "float16")
+
+
+def test_a_shard_that_was_swapped_with_its_sibling_is_refused_at_first_touch(tmp_path: Path) -> None:
+    """Same length, every checksum right, rows of another block."""
+    cache = make_cache(tmp_path / "cache").path
+    for name in ("image/tinyvit@2/tokens", "teacher/tinybert/text/layers", "teacher/tinyvit/image/cls"):
+        folder = cache / name / "values"
+        one, two = sorted(p for p in folder.iterdir() if p.name.startswith("c."))[:2]
+        two.rename(folder / "aside")
+        one.rename(two)
+        (folder / "aside").rename(one)
+        field = Cache.open(cache).field(name)
+        with pytest.raises(errors.CorruptCache, match=r"of another block|has \d+ bytes|bytes that its record"):
+            field.read(field.rows("train")[:1])

@@ -27,9 +27,12 @@ REQUESTS_AT_A_TIME = 16
 
 @dataclass(frozen=True)
 class CommittedObject:
+    """marks: of a shard, the number of some of its chunks and their crc32c: cheap proof that it is no other shard."""
+
     path: str  # from the root of the cache
     bytes: int
     sha256: str
+    marks: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,11 @@ def _to_json(receipt: Receipt) -> dict[str, Any]:
         "first_row": receipt.first_row,
         "rows": receipt.rows,
         "fingerprint_digest": receipt.fingerprint_digest,
-        "objects": [{"path": o.path, "bytes": o.bytes, "sha256": o.sha256} for o in receipt.objects],
+        "objects": [
+            {"path": o.path, "bytes": o.bytes, "sha256": o.sha256}
+            | ({"marks": [list(mark) for mark in o.marks]} if o.marks else {})
+            for o in receipt.objects
+        ],
         "statistics": receipt.statistics,
         "error": receipt.error,
         "quarantined": [{"row": q.row, "tar": q.tar, "key": q.key, "reason": q.reason} for q in receipt.quarantined],
@@ -129,7 +136,10 @@ def read_receipt(store: Store, path: str) -> Receipt:
             record["first_row"],
             record["rows"],
             record["fingerprint_digest"],
-            tuple(CommittedObject(o["path"], o["bytes"], o["sha256"]) for o in record["objects"]),
+            tuple(
+                CommittedObject(o["path"], o["bytes"], o["sha256"], tuple((m[0], m[1]) for m in o.get("marks", ())))
+                for o in record["objects"]
+            ),
             record["statistics"],
             record["error"],
             tuple(Quarantined(q["row"], q["tar"], q["key"], q["reason"]) for q in record["quarantined"]),
@@ -137,7 +147,7 @@ def read_receipt(store: Store, path: str) -> Receipt:
         _check_numbers(receipt)
         if path != receipt_path(receipt.field, receipt.block, receipt.view):
             raise ValueError(f"it is the receipt of {receipt.field} block {receipt.block}-{receipt.view}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise CorruptCache(
             f"receipt {store.where(path)} cannot be trusted: {error}",
             f"`emkum cache repair {store.url}` drops it; the same extract command then redoes its block",
@@ -148,6 +158,7 @@ def read_receipt(store: Store, path: str) -> Receipt:
 def _check_numbers(receipt: Receipt) -> None:
     numbers = [receipt.block, receipt.view, receipt.segment, receipt.first_row, receipt.rows]
     numbers += [o.bytes for o in receipt.objects] + [q.row for q in receipt.quarantined]
+    numbers += [number for o in receipt.objects for mark in o.marks for number in mark]
     if any(type(number) is not int or not 0 <= number < 2**62 for number in numbers):
         raise ValueError("it holds numbers that cannot be")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import struct
@@ -9,7 +10,7 @@ import tempfile
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,17 @@ import pyarrow as pa
 
 from emkum.errors import CorruptCache, IncompleteCache, MissingField, UsageError
 from emkum.shards.codec import decode_int8
-from emkum.shards.layout import RECORDS, TEXT_TILE, ArraySpec, FieldSpec, field_from_record, model_dir, object_path
-from emkum.shards.ledger import Receipt, read_field_record, read_receipts
+from emkum.shards.layout import (
+    RECORDS,
+    TEXT_TILE,
+    ArraySpec,
+    FieldSpec,
+    field_from_record,
+    field_record_path,
+    model_dir,
+    object_path,
+)
+from emkum.shards.ledger import CommittedObject, Receipt, read_field_record, read_receipts
 from emkum.shards.segments import CAPTIONS, SAMPLES, Segment, read_captions, read_samples, read_segments
 from emkum.shards.store import RangeReader, Store, open_store
 from emkum.shards.writer import ABSENT, read_root
@@ -49,14 +59,18 @@ class Cache:
         self._copies: dict[str, tempfile.TemporaryDirectory[str]] = {}
 
     @classmethod
-    def open(cls, place: Store | Path | str) -> Cache:
-        """place: a folder, or a URL that fsspec knows. Raises NotACache, NewerFormat, CorruptCache."""
+    def open(cls, place: Store | Path | str, only: Collection[str] | None = None) -> Cache:
+        """place: a folder, or a URL that fsspec knows. only: names of the fields to open; None: all.
+
+        Raises NotACache, NewerFormat, CorruptCache.
+        """
         store = open_store(place)
         uuid, rows_per_block = read_root(store)
         segments = read_segments(store)
         shards = _OpenShards(store, MAX_OPEN_SHARDS)
         fields = {}
-        for path in field_record_paths(store):
+        paths = field_record_paths(store) if only is None else [field_record_path(name) for name in only]
+        for path in paths:
             field = Field(store, segments, rows_per_block, read_field_record(store, path), shards)
             fields[field.name] = field
         return cls(store, uuid, rows_per_block, segments, fields)
@@ -314,7 +328,7 @@ class Field:
         if key not in self._blocks:
             array = self.spec.array(name)
             path = object_path(self.spec, array, receipt.block, receipt.view)
-            data = _read_whole(self._store, path, _expected_bytes(receipt, path))
+            data = _read_whole(self._store, path, _stated(receipt, path).bytes, _stated(receipt, path).sha256)
             shape = (self._rows_per_block, *array.row_shape)
             self._blocks[key] = _decode_chunk(data, array, shape, self._store.where(path))
         return self._blocks[key]
@@ -343,9 +357,7 @@ class Field:
         receipt = self._receipt(row, view)
         array = self.spec.array("values")
         path = object_path(self.spec, array, receipt.block, view)
-        return self._shards.get(
-            path, _expected_bytes(receipt, path), (self._rows_per_block, array.tiles), array.inner_bytes
-        )
+        return self._shards.get(path, _stated(receipt, path), (self._rows_per_block, array.tiles), array.inner_bytes)
 
     def _read_tokens(self, rows: np.ndarray, views: np.ndarray, out: np.ndarray) -> None:
         flat = out.reshape(len(rows), -1) if out.flags.c_contiguous else None
@@ -380,8 +392,11 @@ class Field:
 class _Shard:
     """An open shard file: its index parsed and checked once, its chunks checked at their first read."""
 
-    def __init__(self, store: Store, path: str, expected_bytes: int, grid: tuple[int, int], chunk_bytes: int) -> None:
+    def __init__(
+        self, store: Store, path: str, stated: CommittedObject, grid: tuple[int, int], chunk_bytes: int
+    ) -> None:
         self.path = store.where(path)
+        expected_bytes = stated.bytes
         self._chunk_bytes = chunk_bytes
         try:
             self._file: RangeReader = store.open(path)
@@ -405,6 +420,21 @@ class _Shard:
             raise CorruptCache(f"the index of {self.path} points outside its chunks", _REPAIR)
         self.offsets = starts
         self._checked = np.zeros(grid, dtype=bool)
+        for number, crc in stated.marks:
+            self._require_mark(number, crc)
+
+    def _require_mark(self, number: int, crc: int) -> None:
+        """One chunk bears the checksum that the receipt states: the file was not swapped with another."""
+        found = bytearray(4)
+        offset = int(self.offsets.flat[number]) if number < self.offsets.size else ABSENT
+        if offset == ABSENT or self._file.read_into([memoryview(found)], offset + self._chunk_bytes) != 4:
+            raise CorruptCache(f"{self.path} lacks chunk {number}, which its receipt states", _REPAIR)
+        if struct.unpack("<I", found)[0] != crc:
+            raise CorruptCache(
+                f"{self.path}: chunk {number} has checksum {struct.unpack('<I', found)[0]:08x}, the receipt states "
+                f"{crc:08x}: it may be the object of another block",
+                _REPAIR,
+            )
 
     def read_into(self, row: int, tile: int, out: np.ndarray) -> None:
         """Fills `out` (contiguous, one chunk) from the file."""
@@ -436,13 +466,13 @@ class _OpenShards:
         self._open: OrderedDict[str, _Shard] = OrderedDict()
         _ALL_OPEN.add(self)
 
-    def get(self, path: str, expected_bytes: int, grid: tuple[int, int], chunk_bytes: int) -> _Shard:
+    def get(self, path: str, stated: CommittedObject, grid: tuple[int, int], chunk_bytes: int) -> _Shard:
         with self._lock:
             shard = self._open.get(path)
             if shard is not None:
                 self._open.move_to_end(path)
                 return shard
-            shard = _Shard(self._store, path, expected_bytes, grid, chunk_bytes)
+            shard = _Shard(self._store, path, stated, grid, chunk_bytes)
             self._open[path] = shard
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)  # closes when the last thread that reads from it lets go
@@ -487,13 +517,14 @@ def read_statistic(store: Store, record: dict[str, Any], name: str) -> np.ndarra
     array = field.array(name)
     path = object_path(field, array, 0, 0)
     try:
-        expected = int(record["statistics"][name]["bytes"])
+        num_bytes, sha256 = int(record["statistics"][name]["bytes"]), str(record["statistics"][name]["sha256"])
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptCache(f"the record of {field.name} states no {name}", _REPAIR) from error
-    return _decode_chunk(_read_whole(store, path, expected), array, array.row_shape, store.where(path))
+    return _decode_chunk(_read_whole(store, path, num_bytes, sha256), array, array.row_shape, store.where(path))
 
 
-def _read_whole(store: Store, path: str, expected_bytes: int) -> bytes:
+def _read_whole(store: Store, path: str, expected_bytes: int, sha256: str) -> bytes:
+    """A small object that is just what was committed: not one that another was swapped with."""
     try:
         size = store.size(path)
         data = store.read(path) if size == expected_bytes else b""
@@ -503,13 +534,15 @@ def _read_whole(store: Store, path: str, expected_bytes: int) -> bytes:
         ) from error
     if size != expected_bytes or len(data) != expected_bytes:
         raise CorruptCache(f"object {store.where(path)} has {size} bytes, its record says {expected_bytes}", _REPAIR)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CorruptCache(f"object {store.where(path)} does not hold the bytes that its record states", _REPAIR)
     return data
 
 
-def _expected_bytes(receipt: Receipt, path: str) -> int:
+def _stated(receipt: Receipt, path: str) -> CommittedObject:
     for committed in receipt.objects:
         if committed.path == path:
-            return committed.bytes
+            return committed
     raise CorruptCache(
         f"the receipt of {receipt.field} block {receipt.block}-{receipt.view} does not list {path}", _REPAIR
     )

@@ -54,6 +54,7 @@ from emkum.shards.views import ViewPolicy
 
 ABSENT = 2**64 - 1
 NETWORK_FILES = "files.json"
+MARKS = 4  # chunks of a shard whose checksums its receipt repeats
 
 
 def read_root(store: Store) -> tuple[str, int]:
@@ -319,6 +320,7 @@ class BlockWriter:
         self._shard = None
         if self._values.inner is not None:
             self._shard = cache.store.writer(object_path(field, self._values, block, view))
+            self._chunks: list[tuple[int, int]] = []  # number and crc32c of every chunk written
             self._index = np.full((cache.rows_per_block, self._values.tiles, 2), ABSENT, dtype="<u8")
 
     def append(self, rows: Encoded) -> None:
@@ -372,7 +374,7 @@ class BlockWriter:
             self._shard.write(struct.pack("<I", google_crc32c.value(index)))
             path = object_path(self._field, self._values, self._block, self._view)
             self._check()
-            objects.append(CommittedObject(path, self._shard.num_bytes, self._shard.commit()))
+            objects.append(CommittedObject(path, self._shard.num_bytes, self._shard.commit(), _spread(self._chunks)))
         for name, values in self._plain.items():
             array = self._field.array(name)
             chunk = self._cache._write_chunk(self._field, array, values, self._block, self._view, self._check)
@@ -426,7 +428,8 @@ class BlockWriter:
             chunk = data[tile * size : (tile + 1) * size] if self._values.tiles > 1 else data
             self._index[row, tile] = (self._shard.num_bytes, size + 4)
             self._shard.write(chunk)
-            self._shard.write(struct.pack("<I", google_crc32c.value(chunk)))
+            self._chunks.append((row * self._values.tiles + tile, google_crc32c.value(chunk)))
+            self._shard.write(struct.pack("<I", self._chunks[-1][1]))
 
     def __enter__(self) -> BlockWriter:
         return self
@@ -436,6 +439,12 @@ class BlockWriter:
     ) -> None:
         if self._shard is not None:
             self._shard.__exit__(kind, error, trace)
+
+
+def _spread(chunks: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """At most MARKS of them, from the first to the last."""
+    places = np.linspace(0, len(chunks) - 1, min(MARKS, len(chunks))).astype(int)
+    return tuple(chunks[place] for place in places.tolist())
 
 
 def _filled(shape: tuple[int, ...], dtype: str) -> np.ndarray:

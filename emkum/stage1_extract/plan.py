@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any, Literal
 
+import PIL
 import torch
 
 import emkum
@@ -248,11 +249,25 @@ def survey(config: ExtractConfig) -> Survey:
     return Survey(config, store, device, paths, known, tars, networks, memory, has_pictures, has_captions)
 
 
-def make_plan(found: Survey) -> Plan:
+@dataclass(frozen=True)
+class Committed:
+    """The fields of a run as the cache holds them, before the run adds to them."""
+
+    config: ExtractConfig
+    store: Store
+    fields: dict[str, PlannedField]
+    receipts: dict[str, dict[tuple[int, int], Receipt]]
+    image_pass: FrozenPass | None
+    text_pass: FrozenPass | None
+    tokenizer: bytes | None
+    paths: dict[str, str]  # tar name -> where it lies, of the tars that are at hand as they were
+
+
+def make_plan(found: Survey, check: Callable[[Committed], None] = lambda held: None) -> Plan:
     """Opens or creates the cache, and lists the missing blocks. The caller alone is planning (claims.Claims).
 
     Written are the cache's root, the frozen networks and a segment of new tars. Raises before anything is written
-    where the cache was made otherwise.
+    where the cache was made otherwise; `check` does so too, and is called if the run adds to fields that hold rows.
     """
     config, memory, tars, networks = found.config, found.memory, found.tars, found.networks
     writer = CacheWriter(found.store, config.rows_per_block)
@@ -268,18 +283,24 @@ def make_plan(found: Survey) -> Plan:
     )
     for field in fields.values():
         _check_record(writer, field)
+    receipts = {name: writer.receipts(name) for name in fields}
+    _require_objects(found.store, receipts)
+    names = {tar.name for tar in tars} | {os.path.basename(path) for path in found.known}
+    where = {os.path.basename(path): path for path in found.paths}
+    tokenizer = networks.tokenizer.tokenizer if networks.tokenizer else None
+    segments = _segments_of(writer, config.split, names)
+    adds = bool(fresh or _tasks(config, writer.rows_per_block, fields, segments, receipts))
+    if adds and any(receipts.values()):
+        paths = _at_hand(writer.segments, where, memory)
+        check(Committed(config, found.store, fields, receipts, image_pass, text_pass, tokenizer, paths))
     _keep_networks(writer, networks)
     if fresh:
         writer.append_segment(config.split, config.policy, fresh)
     memory.remember(tars)
-    names = {tar.name for tar in tars} | {os.path.basename(path) for path in found.known}
-    segments = tuple(s for s in writer.segments if s.split == config.split and names & {x.tar for x in s.sources})
+    segments = _segments_of(writer, config.split, names)
     if any(field.spec.space == "image" for field in fields.values()):
         require_same_views(segments, config.split, config.policy)
-    where = {os.path.basename(path): path for path in found.paths}
     _require_tars(segments, where, memory)
-    receipts = {name: writer.receipts(name) for name in fields}
-    _require_objects(found.store, receipts)
     tasks = _tasks(config, writer.rows_per_block, fields, segments, receipts)
     missing = {name for task in tasks for name in task.fields}
     image_pass, text_pass = (_narrowed(p, fields, missing) for p in (image_pass, text_pass))
@@ -291,7 +312,7 @@ def make_plan(found: Survey) -> Plan:
         receipts,
         image_pass,
         text_pass,
-        networks.tokenizer.tokenizer if networks.tokenizer else None,
+        tokenizer,
         tasks,
         segments,
         where,
@@ -580,6 +601,7 @@ def _environment(network: Network, device: torch.device) -> dict[str, Any]:
     return {
         "emkum": emkum.__version__,
         "torch": str(torch.__version__),
+        "pillow": PIL.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "source": network.source,
         "revision": network.revision,
@@ -646,6 +668,17 @@ def _contents(
             "emkum reads jpg, jpeg, png, webp, txt and json members; see docs/data.md",
         )
     return pictures, captions
+
+
+def _segments_of(writer: CacheWriter, split: str, tars: Collection[str]) -> tuple[Segment, ...]:
+    """The split's segments that hold one of these tars."""
+    return tuple(s for s in writer.segments if s.split == split and any(x.tar in tars for x in s.sources))
+
+
+def _at_hand(segments: Sequence[Segment], where: dict[str, str], memory: ScanMemory) -> dict[str, str]:
+    """`where`, and the remembered places of other tars that still lie there unchanged."""
+    sources = (source for segment in segments for source in segment.sources if source.tar not in where)
+    return where | {s.tar: s.path for s in sources if os.path.exists(s.path) and memory.unchanged(s.path)}
 
 
 def _require_tars(segments: Sequence[Segment], where: dict[str, str], memory: ScanMemory) -> None:
