@@ -493,7 +493,7 @@ def cache_verify(
 
         config = SampleConfig(sample or 0, tuple(teacher or ()), tuple(data or ()), seed, batch_size, device)
         networks = load_teachers(store, config)
-    with _BytesBar("verify") as bar:
+    with _Bar("verify") as bar:
         report = verify(store, progress=bar.show)
     if report.findings or config is None:
         print(json.dumps(report_json(store, report), indent=1) if as_json else report_table(store, report))
@@ -502,7 +502,8 @@ def cache_verify(
     if config is not None:
         from emkum.stage1_extract.live_check import check_sample, require_agreement, table
 
-        compared = check_sample(store, config, networks)
+        with _Bar("compute again", " rows") as bar:
+            compared = check_sample(store, config, networks, progress=bar.show)
         if as_json:
             print(json.dumps(report_json(store, report) | {"sample": compared.to_json()}, indent=1))
         else:
@@ -525,7 +526,7 @@ def cache_repair(
     from emkum.shards.store import open_store
 
     store = open_store(_place(cache))
-    with _BytesBar("verify") as bar:
+    with _Bar("verify") as bar:
         done = repair(store, dry_run=dry_run, say=lambda line: bar.say(printable(line)), progress=bar.show)
     print(json.dumps(repair_json(store, done), indent=1) if as_json else repair_table(done, dry_run))
     if done.left:
@@ -571,13 +572,13 @@ def _damage(cache: str, count: int, kind: str) -> str:
     return f"{cache}: {count} {'thing is' if count == 1 else 'things are'} {kind}"
 
 
-class _BytesBar:
-    """A progress bar of bytes on stderr, if that is a terminal. A context manager."""
+class _Bar:
+    """A progress bar on stderr, if that is a terminal. A context manager."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, unit: str = "B") -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(desc=name, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty())
+        self._bar = tqdm(desc=name, unit=unit, unit_scale=True, leave=False, disable=not sys.stderr.isatty())
 
     def show(self, done: int, total: int) -> None:
         self._bar.total = total
@@ -587,7 +588,7 @@ class _BytesBar:
         self._bar.clear()
         _say(line)
 
-    def __enter__(self) -> _BytesBar:
+    def __enter__(self) -> _Bar:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,8 @@
 """Every failure a user can cause or meet, by name, with its exit code.
 
 Codes: 2 usage or configuration; 3 input data beyond tolerance; 4 corrupt cache; 5 identity mismatch;
-6 another writer; 7 storage or credentials; 75 interrupted, the same command continues. 1 is our own bug.
+6 another writer; 7 storage or credentials; 75 interrupted, the same command continues. 1 is our own bug, or workers
+that died and died again.
 """
 
 from __future__ import annotations
@@ -67,6 +68,10 @@ class MissingCaptions(UsageError):
 
 class UnknownRecipe(UsageError):
     """A recipe name that is not shipped and not a file, or a key no recipe has."""
+
+
+class WorkersDiffer(UsageError):
+    """Workers of a Dask cluster that have another emkum than this command, or none."""
 
 
 class NotARun(UsageError):
@@ -139,6 +144,18 @@ class AnotherWriter(EmkumError):
 
 class ClaimLost(AnotherWriter):
     """Another process took over what this one was about to commit, because it gave no heartbeat."""
+
+
+class SchedulerUnreachable(EmkumError):
+    """No Dask scheduler answers at the address given, or it went away."""
+
+    exit_code = 7
+
+
+class WorkersLost(EmkumError):
+    """The processes that shared the work died and none came back, or one block kills every process that takes it."""
+
+    exit_code = 1
 
 
 class StorageFailure(EmkumError):

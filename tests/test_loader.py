@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import multiprocessing
 import threading
 import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache as cache_results
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +22,13 @@ from hypothesis import strategies as st
 from tiny_cache import SIZE, make_cache
 
 from emkum.errors import CorruptCache, IncompleteCache, NoData, ResumeMismatch, UsageError
+from emkum.shards.codec import encode
+from emkum.shards.fingerprint import Fingerprint
+from emkum.shards.layout import FieldSpec
 from emkum.shards.reader import Cache
+from emkum.shards.tars import PictureMember, SourceSample, SourceTar
+from emkum.shards.views import ViewPolicy
+from emkum.shards.writer import CacheWriter
 from emkum.stage2_train.loader import (
     BatchLoader,
     BatchRows,
@@ -179,6 +191,151 @@ def test_a_pass_for_evaluation_keeps_the_last_partial_batch() -> None:
     assert [order.rows(step).image_rows_B.tolist() for step in range(len(order))] == [[0, 1, 2], [3, 4, 5], [6]]  # type: ignore[union-attr]
 
 
+# --- shared out among ranks ---------------------------------------------------------------------------------------
+
+SIZES = (23, 1, 16, 5, 33, 2, 9)  # of segments: one row, one full block, two blocks and a row; others end in padding
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The first so many segments of SIZES as one split, in blocks of 16; row k holds the number k."""
+
+    @cache_results
+    def made(segments: int) -> Path:
+        place = tmp_path_factory.mktemp("uneven") / "cache"
+        writer = CacheWriter(place, 16)
+        spec = FieldSpec("image/tinyvit@0/tokens", "tokens", "float32", (2, 3))
+        fingerprint = Fingerprint(spec.kind, spec.storage, spec.row_shape, size=SIZE, compute="float32")
+        writer.declare_field(spec, fingerprint, {})
+        for number, size in enumerate(SIZES[:segments]):
+            samples = tuple(
+                SourceSample(f"{i:04d}", PictureMember(512 + 1024 * i, 100, "jpg"), (), "json", None, None)
+                for i in range(size)
+            )
+            name = f"{number}.tar"
+            tar = SourceTar(name, name, 1000, hashlib.sha256(name.encode()).hexdigest(), samples, {}, 0)
+            segment = writer.append_segment("train", ViewPolicy(crop=(0.9, 1.0)), [tar])
+            writer.grow_field(spec, 1)
+            for block in segment.image.blocks(16):
+                first, count = segment.image.block_rows(block, 16)
+                rows = np.arange(first, first + count, dtype=np.float32)
+                with writer.block(spec, segment, block, 0) as target:
+                    target.append(encode(np.broadcast_to(rows[:, None, None], (count, 2, 3)).copy(), "float32"))
+                    target.commit()
+        return place
+
+    return made
+
+
+def uneven_table(place: Path) -> tuple[CachedSource, SampleTable]:
+    cache, names = Cache.open(place), FieldNames("image/tinyvit@0/tokens", "tinyvit")
+    table = sample_table(cache, IMAGES, names, "train")
+    return CachedSource(cache, names, table), table
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("segments", range(1, 8))
+def test_with_any_number_of_segments_ranks_and_threads_every_sample_comes_once_an_epoch(
+    uneven: Callable[[int], Path], segments: int, num_ranks: int
+) -> None:
+    source, table = uneven_table(uneven(segments))
+    assert table.num_samples == sum(SIZES[:segments])
+    batch = 6
+    whole = TrainOrder(table, batch, seed=5, num_steps=2 * (table.num_samples // batch))
+    for threads in range(6):
+        parts = []
+        for rank in range(num_ranks):
+            order = TrainOrder(table, batch, 5, num_steps=len(whole), rank=rank, num_ranks=num_ranks)
+            assert len(order) == len(whole)
+            hosts = BatchLoader(order, source, threads=threads)
+            parts.append([source.prepare(host, CPU).tokens_BTD[:, 0, 0].tolist() for host in hosts])  # type: ignore[index]
+        assert {len(rows) for rank in parts for rows in rank} == {batch // num_ranks}
+        together = [list(chain(*batches)) for batches in zip(*parts, strict=True)]
+        assert together == [whole.rows(step).image_rows_B.tolist() for step in range(len(whole))]  # type: ignore[union-attr]
+        for epoch in (0, 1):
+            steps = range(epoch * whole.steps_per_epoch, (epoch + 1) * whole.steps_per_epoch)
+            seen = list(chain(*(together[step] for step in steps)))
+            assert len(set(seen)) == len(seen) == table.num_samples - whole.left_over
+            assert set(seen) <= set(table.image_rows_N.tolist())  # type: ignore[union-attr]
+        assert whole.left_over == table.num_samples % batch
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 5), st.sampled_from(["one", "all"]))
+def test_the_parts_of_all_ranks_put_together_are_the_batch_of_one(
+    pictures: int, share: int, num_ranks: int, captions: Any
+) -> None:
+    counts = 1 + np.arange(pictures) % 3
+    first = np.append(0, np.cumsum(counts))
+    table = SampleTable("pairs", "train", np.arange(pictures), np.arange(first[-1]) + 100, first, 2, 0)
+    batch = share * num_ranks
+    assume(batch <= (pictures if captions == "one" else first[-1]))
+    whole = TrainOrder(table, batch, 1, captions, num_steps=5)
+    orders = [TrainOrder(table, batch, 1, captions, 5, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+    for step in range(5):
+        for name in ("image_rows_B", "views_B", "text_rows_B"):
+            parts = [getattr(order.rows(step), name) for order in orders]
+            assert np.array_equal(np.concatenate(parts), getattr(whole.rows(step), name))
+
+
+@pytest.mark.parametrize(
+    ("batch", "rank", "num_ranks", "expected", "way_out"),
+    [
+        (2, 0, 3, "a batch of 2 is less than one sample for each of 3 ranks", "--set training.batch=3"),
+        (8, 1, 3, "a batch of 8 cannot be shared out evenly among 3 ranks", "--set training.batch=9"),
+        (8, 2, 2, "rank 2 of 2 ranks", "numbered from 0"),
+        (8, -1, 2, "rank -1 of 2 ranks", "numbered from 0"),
+        (8, 0, 0, "rank 0 of 0 ranks", "at least one"),
+    ],
+)
+def test_an_impossible_plan_is_refused_before_any_process_waits_for_another(
+    batch: int, rank: int, num_ranks: int, expected: str, way_out: str
+) -> None:
+    table = SampleTable("images", "train", np.arange(30), None, None, 1, 0)
+    with pytest.raises(UsageError) as error:
+        TrainOrder(table, batch, 0, rank=rank, num_ranks=num_ranks)
+    assert (error.value.what, error.value.exit_code) == (expected, 2)
+    assert way_out in error.value.way_out
+
+
+def one_rank(place: Path, rank: int, num_ranks: int, meeting: Path) -> None:
+    """What a training process does of it: read its part of each batch, and meet the others in every step."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=meeting.as_uri(), rank=rank, world_size=num_ranks, timeout=timedelta(seconds=30)
+    )
+    source, table = uneven_table(place)
+    order = TrainOrder(table, 6, 5, num_steps=2 * (table.num_samples // 6), rank=rank, num_ranks=num_ranks)
+    for step, host in enumerate(BatchLoader(order, source)):
+        total = source.prepare(host, CPU).tokens_BTD[:, 0, 0].sum()  # type: ignore[index]
+        torch.distributed.all_reduce(total)
+        assert int(total) == TrainOrder(table, 6, 5, num_steps=len(order)).rows(step).image_rows_B.sum()  # type: ignore[union-attr]
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_that_meet_in_every_step_over_uneven_segments_all_come_to_the_end(
+    uneven: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_ranks: int
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    context = multiprocessing.get_context("spawn")
+    place = uneven(7)
+    ranks = [
+        context.Process(target=one_rank, args=(place, rank, num_ranks, tmp_path / "meeting"))
+        for rank in range(num_ranks)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        for process in ranks:
+            process.join(60)
+        assert [process.exitcode for process in ranks] == [0] * num_ranks  # None: still waiting
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+
+
 # --- from rows to tensors ----------------------------------------------------------------------------------------
 
 
@@ -311,6 +468,27 @@ def test_waiting_for_data_is_measured(path: Path) -> None:
     loader = BatchLoader(TrainOrder(table, 8, 0), SlowSource(cache, names, table), threads=1)
     assert len(list(loader)) == 4
     assert loader.waited_seconds > 0.06
+
+
+def test_a_loader_that_waits_for_storage_can_be_told_to_give_up_and_goes_on_from_there(path: Path) -> None:
+    cache, names, table = opened(path, PAIRS)
+    answers = threading.Event()
+
+    class StalledSource(CachedSource):
+        def read(self, rows: BatchRows, buffers: Buffers) -> HostBatch:
+            assert answers.wait(60)
+            return super().read(rows, buffers)
+
+    def give_up() -> None:
+        raise TimeoutError("no answer")
+
+    loader = BatchLoader(TrainOrder(table, 8, 0), StalledSource(cache, names, table))
+    loader.while_waiting = give_up
+    with pytest.raises(TimeoutError, match="no answer"):
+        next(iter(loader))
+    assert loader.state_dict() == {"step": 0, "num_steps": 4}
+    answers.set()
+    assert len(list(loader)) == 4
 
 
 class FailingSource(CachedSource):

@@ -543,23 +543,28 @@ def test_a_best_checkpoint_that_was_not_copied_yet_is_made_again(
     shutil.copytree(uninterrupted, folder.dir)
     kept = read_checkpoint(folder.last)
     kept["emkum"]["best_step"] = kept["global_step"]
-    torch.save(kept, folder.last)
+    run_folder.write_checkpoint(kept, folder.last)
     folder.best.unlink()
     run(TrainConfig(cache.path, run_dir=folder.dir, resume=True, device="cpu"))
     assert folder.best.read_bytes() == folder.last.read_bytes()
 
 
-def test_a_damaged_last_checkpoint_without_a_best_one_says_what_to_do(
+def test_without_a_checkpoint_that_can_be_read_it_says_what_to_do(
     cache: TinyCache, tmp_path: Path, uninterrupted: Path
 ) -> None:
     folder = RunFolder(tmp_path / "run")
     shutil.copytree(uninterrupted, folder.dir)
     folder.last.write_bytes(b"x")
+    folder.previous.write_bytes(b"")
     folder.best.unlink()
     with pytest.raises(NotARun) as error:
         run(TrainConfig(cache.path, run_dir=folder.dir, resume=True, device="cpu"))
-    assert f"and there is no {folder.best}" in error.value.what
-    assert "it was started with: emkum train --cache" in error.value.way_out
+    assert error.value.what == (
+        f"no checkpoint is left: checkpoint {folder.last} cannot be read: of 1 bytes, it does not end in the digest "
+        f"that emkum writes; checkpoint {folder.previous} cannot be read: of 0 bytes, it does not end in the digest "
+        "that emkum writes"
+    )
+    assert "the run was started with: emkum train --cache" in error.value.way_out
 
 
 def test_metrics_of_other_columns_are_refused_and_a_torn_line_is_left_out(tmp_path: Path) -> None:

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import csv
+import dataclasses
+import io
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from emkum.shards.layout import FORMAT
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from emkum.errors import UsageError
+from emkum.shards.durable import write_file
+from emkum.shards.layout import FORMAT, Space
 from emkum.shards.reader import Cache, Field
+from emkum.shards.record_check import require_sound
+from emkum.shards.repair import Repair
+from emkum.shards.store import Store
+from emkum.shards.verify import Finding, Report, sample_keys
+
+MAX_SHOWN = 8  # rows and samples of one finding, and quarantined samples, on a screen
 
 
 def describe(cache: Cache) -> dict[str, Any]:
     """Everything `emkum cache info` shows, as JSON-able values. Bytes are those of committed objects."""
+    require_sound(cache)
     splits = {}
     for split in cache.splits:
         segments = [s for s in cache.segments if s.split == split]
@@ -122,3 +142,219 @@ def readable_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.2f} TB"
+
+
+# --- what verify found -----------------------------------------------------------------------------------
+
+
+def report_json(store: Store, report: Report) -> dict[str, Any]:
+    """All of a report; of every finding all rows, and the (tar, key) of each."""
+    return {
+        "path": report.url,
+        "sealed": report.sealed,
+        "checked": {
+            "segments": report.segments,
+            "fields": report.fields,
+            "blocks": report.blocks,
+            "objects": report.objects,
+            "bytes": report.bytes,
+            "networks": report.networks,
+        },
+        "findings": [finding_json(store, finding) for finding in report.findings],
+        "incomplete": dict(report.incomplete),
+        "notes": list(report.notes),
+    }
+
+
+def finding_json(store: Store, finding: Finding) -> dict[str, Any]:
+    return {
+        "path": finding.path,
+        "what": finding.what,
+        "way_out": finding.way_out,
+        "repairable": finding.repairable,
+        "field": finding.field,
+        "block": finding.block,
+        "view": finding.view,
+        "segment": finding.segment,
+        "space": finding.space,
+        "rows": list(finding.row_numbers()),
+        "samples": [list(sample) for sample in sample_keys(store, finding)],
+    }
+
+
+def report_table(store: Store, report: Report) -> str:
+    """The report as lines for a screen."""
+    lines = [
+        f"{report.url}: checked {report.objects:,} objects of {report.blocks:,} blocks, "
+        f"{readable_bytes(report.bytes)}; {report.segments} segments, {report.fields} fields, "
+        f"{report.networks} networks"
+    ]
+    for finding in report.findings:
+        lines.append(f"DAMAGED {finding.path}: {finding.what}")
+        if finding.rows:
+            lines.append(f"    {_rows_line(store, finding)}")
+        lines.append(f"    {finding.way_out}")
+    for name, count in report.incomplete.items():
+        lines.append(f"incomplete: {name} lacks {count:,} blocks; the `emkum extract` command of the split adds them")
+    lines += [f"note: {note}" for note in report.notes]
+    if not report.findings:
+        lines.append("no damage")
+    return "\n".join(map(printable, lines))
+
+
+def _rows_line(store: Store, finding: Finding) -> str:
+    runs = [str(first) if end == first + 1 else f"{first} to {end - 1}" for first, end in finding.rows]
+    first_rows = dataclasses.replace(finding, rows=_first_rows(finding.rows, MAX_SHOWN))
+    samples = [f"{tar}/{key}" for tar, key in sample_keys(store, first_rows)]
+    more = finding.num_rows - len(samples)
+    return (
+        f"{finding.space} {'row' if finding.num_rows == 1 else 'rows'} {', '.join(runs[:MAX_SHOWN])}"
+        + (", ..." if len(runs) > MAX_SHOWN else "")
+        + (f": {', '.join(samples)}" if samples else "")
+        + (f" and {more:,} more: --json lists all" if samples and more else "")
+    )
+
+
+def _first_rows(runs: Sequence[tuple[int, int]], count: int) -> tuple[tuple[int, int], ...]:
+    found = []
+    for first, end in runs:
+        found.append((first, min(end, first + count)))
+        count -= found[-1][1] - first
+        if not count:
+            break
+    return tuple(found)
+
+
+def printable(line: str) -> str:
+    """The line without what could move a terminal's cursor: names come from the data."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+
+
+def repair_json(store: Store, done: Repair) -> dict[str, Any]:
+    return {
+        "path": done.report.url,
+        "removed": list(done.removed),
+        "written_again": list(done.rewritten),
+        "findings": [finding_json(store, finding) for finding in done.report.findings],
+        "left": [finding.path for finding in done.left],
+        "redo": redone_blocks(done.report),
+    }
+
+
+def repair_table(done: Repair, dry_run: bool) -> str:
+    """What was repaired, what was not, and the next command, as lines for a screen."""
+    report, would = done.report, "would be " if dry_run else ""
+    lines = [f"LEFT {finding.path}: {finding.what}\n    {finding.way_out}" for finding in done.left]
+    if not report.findings:
+        lines.append(f"{report.url}: no damage, nothing to repair")
+    else:
+        repaired = len(report.findings) - len(done.left)
+        lines.append(
+            f"{report.url}: {repaired} of {len(report.findings)} findings {would}repaired; "
+            f"{len(done.removed)} files {would}removed, {len(done.rewritten)} {would}written again"
+        )
+        for name, count in redone_blocks(report).items():
+            lines.append(f"to be redone: {name}, {count} {'block' if count == 1 else 'blocks'}")
+        if any(finding.repairable and not finding.rewrite for finding in report.findings):
+            splits = f" of split {', '.join(report.splits)}" if report.splits else ""
+            lines.append(f"next: the same `emkum extract` command{splits} again; it redoes that and nothing else")
+    return "\n".join(printable(part) for line in lines for part in line.split("\n"))
+
+
+def redone_blocks(report: Report) -> dict[str, int]:
+    """Field -> its blocks that the next extract computes again."""
+    blocks = {(f.field, f.block, f.view) for f in report.findings if f.field and f.block is not None and f.repairable}
+    return dict(sorted(Counter(name for name, _, _ in blocks if name).items()))
+
+
+# --- samples that were left out --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that fields lack because its source could not be used. offset, size: of the picture in the tar, bytes."""
+
+    split: str
+    tar: str
+    key: str
+    space: Space
+    row: int
+    reason: str
+    fields: tuple[str, ...]
+    offset: int | None
+    size: int | None
+
+
+def left_out(cache: Cache) -> list[LeftOut]:
+    """Every quarantined row, once for each reason, in the order of the splits, spaces and rows."""
+    require_sound(cache)
+    fields: dict[tuple[str, Space, int, str, str, str], set[str]] = defaultdict(set)
+    for field in cache.fields.values():
+        for receipt in field.receipts.values():
+            split = cache.segments[receipt.segment].split
+            for q in receipt.quarantined:
+                fields[split, field.spec.space, q.row, q.tar, q.key, q.reason].add(field.name)
+    rows: dict[str, list[int]] = defaultdict(list)
+    for split, space, row, *_ in fields:
+        if space == "image":
+            rows[split].append(row)
+    places = {row: place for split in rows for row, place in _places(cache, split, rows[split]).items()}
+    order = {split: number for number, split in enumerate(cache.splits)}
+    found = []
+    for split, space, row, tar, key, reason in sorted(fields, key=lambda one: (order[one[0]], *one[1:])):
+        names = tuple(sorted(fields[split, space, row, tar, key, reason]))
+        offset, size = places.get(row, (None, None)) if space == "image" else (None, None)
+        found.append(LeftOut(split, tar, key, space, row, reason, names, offset, size))
+    return found
+
+
+def _places(cache: Cache, split: str, rows: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """row -> (offset, size) of the picture in its tar."""
+    table = cache.samples(split)
+    table = table.filter(pc.is_in(table["image_row"], pa.array(rows, pa.int64())))
+    lists = (table[name].to_pylist() for name in ("image_row", "offset", "size"))
+    return {row: (offset, size) for row, offset, size in zip(*lists, strict=True)}
+
+
+def left_out_table(samples: Sequence[LeftOut]) -> str:
+    """The samples as lines for a screen, with counts by reason."""
+    lines = []
+    for s in samples:
+        place = f", byte {s.offset:,}, {s.size:,} bytes" if s.offset is not None else ""
+        lines.append(f"{s.split} {s.space} row {s.row}: {s.tar}/{s.key}{place}: {s.reason} ({', '.join(s.fields)})")
+    reasons = Counter(s.reason for s in samples)
+    lines += [f"{count:,} x {reason}" for reason, count in reasons.most_common()]
+    lines.append(f"{len(samples):,} quarantined")
+    return "\n".join(map(printable, lines))
+
+
+def left_out_json(samples: Sequence[LeftOut]) -> dict[str, Any]:
+    reasons = Counter(s.reason for s in samples)
+    return {"quarantined": [dataclasses.asdict(s) for s in samples], "reasons": dict(reasons.most_common())}
+
+
+def export_left_out(samples: Sequence[LeftOut], path: Path) -> None:
+    """Writes the list as .csv, .json or .parquet. Raises UsageError for another ending, and StorageFailure."""
+    rows = [dataclasses.asdict(s) for s in samples]
+    if path.suffix == ".json":
+        data = (json.dumps(left_out_json(samples), indent=1) + "\n").encode()
+    elif path.suffix == ".csv":
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, [field.name for field in dataclasses.fields(LeftOut)])
+        table.writeheader()
+        table.writerows(row | {"fields": " ".join(row["fields"])} for row in rows)
+        data = text.getvalue().encode()
+    elif path.suffix == ".parquet":
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, _LEFT_OUT), sink, write_page_checksum=True)
+        data = sink.getvalue()
+    else:
+        raise UsageError(f"{path} ends in none of .csv, .json, .parquet", "name the file so: --out quarantine.csv")
+    write_file(path, data)
+
+
+_LEFT_OUT = pa.schema(
+    [(name, pa.string()) for name in ("split", "tar", "key", "space")]
+    + [("row", pa.int64()), ("reason", pa.string()), ("fields", pa.list_(pa.string()))]
+    + [("offset", pa.int64()), ("size", pa.int64())]
+)

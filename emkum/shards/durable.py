@@ -42,6 +42,11 @@ def storage_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether a StorageFailure says that there is no room: the disk is full, or a quota or limit is reached."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_SPACE
+
+
 def sync_dir(folder: Path) -> None:
     """Makes renames in `folder` durable."""
     handle = os.open(folder, os.O_RDONLY)
@@ -117,17 +122,21 @@ class DurableFile:
         return True
 
     def discard(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        with contextlib.suppress(OSError):
+            self._close()
         with contextlib.suppress(OSError):
             os.unlink(self._temporary)
 
     def _sync(self) -> None:
         assert self._handle is not None
         os.fsync(self._handle)
-        os.close(self._handle)
-        self._handle = None
+        self._close()
+
+    def _close(self) -> None:
+        """Closes once, even if that fails: by then another thread may have the number."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            os.close(handle)
 
     def __enter__(self) -> DurableFile:
         return self

@@ -11,7 +11,6 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +165,11 @@ class Field:
             if receipt.fingerprint_digest != record["fingerprint_digest"]:
                 raise CorruptCache(
                     f"receipt of {self.name} block {receipt.block}-{receipt.view} belongs to fingerprint "
-                    f"{receipt.fingerprint_digest[:12]}..., the field has {record['fingerprint_digest'][:12]}...",
+                    f"{str(receipt.fingerprint_digest)[:12]}..., the field has {record['fingerprint_digest'][:12]}...",
                     _REPAIR,
                 )
         self._blocks: dict[tuple[str, int, int], np.ndarray] = {}
+        self._statistics: dict[str, np.ndarray] = {}
         self._bad_rows: dict[tuple[int, int], frozenset[int]] = {}
 
     @property
@@ -202,12 +202,12 @@ class Field:
         """Bytes of all committed objects."""
         return sum(o.bytes for receipt in self.receipts.values() for o in receipt.objects)
 
-    @cached_property
+    @property
     def mean(self) -> np.ndarray:
         """float32 [channel], int8 fields only."""
         return self._static("mean")
 
-    @cached_property
+    @property
     def std(self) -> np.ndarray:
         """float32 [channel], int8 fields only."""
         return self._static("std")
@@ -334,7 +334,9 @@ class Field:
         return self._blocks[key]
 
     def _static(self, name: str) -> np.ndarray:
-        return read_statistic(self._store, self.record, name)
+        if name not in self._statistics:  # no lock, which a fork could leave held: two threads may both read it
+            self._statistics[name] = read_statistic(self._store, self.record, name)
+        return self._statistics[name]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_blocks": {}, "_bad_rows": {}}
@@ -360,7 +362,7 @@ class Field:
         return self._shards.get(path, _stated(receipt, path), (self._rows_per_block, array.tiles), array.inner_bytes)
 
     def _read_tokens(self, rows: np.ndarray, views: np.ndarray, out: np.ndarray) -> None:
-        flat = out.reshape(len(rows), -1) if out.flags.c_contiguous else None
+        flat = out.reshape(len(rows), -1) if len(rows) and out.flags.c_contiguous else None
         for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
             shard = self._shard(row, view)
             local = row % self._rows_per_block

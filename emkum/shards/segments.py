@@ -17,6 +17,7 @@ from emkum.errors import AnotherWriter, CorruptCache, IdentityMismatch, SourceCh
 from emkum.shards.layout import MAX_ROWS, RECORDS, Space, canonical_json, pretty_json, segment_dir
 from emkum.shards.store import Store
 from emkum.shards.strict_json import loads
+from emkum.shards.strict_parquet import MAX_ROWS_PER_BYTE, batches, open_table
 from emkum.shards.tars import SourceTar
 from emkum.shards.views import ViewPolicy
 
@@ -193,7 +194,8 @@ def append_segment(
     files = {"samples.parquet": _parquet_bytes(samples), "captions.parquet": _parquet_bytes(captions)}
     parquet = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     sources = tuple(
-        Source(t.name, t.bytes, t.sha256, len(t.samples), os.path.abspath(t.path), t.truncated_at) for t in tars
+        Source(t.name, t.bytes, t.sha256, len(t.samples), _plain_text(os.path.abspath(t.path)), t.truncated_at)
+        for t in tars
     )
     segment = Segment(number, split, image, text, views, sources, parquet, digest="")
     segment = replace(segment, digest=segment_digest(_to_json(segment)))
@@ -204,6 +206,11 @@ def append_segment(
             f"another process added segment {number} to {store.url} meanwhile", "run the same command again"
         )
     return segment
+
+
+def _plain_text(path: str) -> str:
+    """A path that is no UTF-8 as text that is: the hint is then of no use, and harms nobody."""
+    return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def check_split_name(split: str) -> None:
@@ -312,6 +319,15 @@ def read_segment(store: Store, number: int) -> Segment:
                 raise ValueError(f"it states rows {span.first_row} and {span.rows}")
         if set(segment.parquet) != {"samples.parquet", "captions.parquet"}:
             raise ValueError(f"it lists {sorted(segment.parquet)}")
+        lines = {"samples.parquet": sum(s.samples for s in segment.sources), "captions.parquet": segment.text.rows}
+        if any(type(s.samples) is not int or s.samples < 0 for s in segment.sources) or (
+            segment.image.rows > lines["samples.parquet"]
+        ):
+            raise ValueError(f"it states {segment.image.rows} pictures and {lines['samples.parquet']} samples")
+        found = store.list(segment_dir(number))
+        for name, count in lines.items():  # whoever counts blocks must not count to 2^40 for a few bytes
+            if count > MAX_ROWS_PER_BYTE * max(found.get(name) or 0, 100_000):
+                raise ValueError(f"it states {count} lines of {name}, which has {found.get(name)} bytes")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
         raise CorruptCache(
             f"{store.where(path)} cannot be trusted: {error}", "restore it from a copy of the cache"
@@ -326,10 +342,7 @@ def _read_table(store: Store, segment: Segment, name: str, schema: pa.Schema) ->
         data = store.read(path)
         if hashlib.sha256(data).hexdigest() != segment.parquet[name]:
             raise ValueError(f"it has {len(data)} bytes whose sha256 is not the one segment.json states")
-        file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
-        if file.metadata.num_rows != rows or not file.schema_arrow.equals(schema):
-            raise ValueError(f"it states {file.metadata.num_rows} lines, segment.json {rows}; or other columns")
-        return file.read()
+        return pa.Table.from_batches(batches(open_table(data, schema, rows)), schema)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise CorruptCache(
             f"{store.where(path)} cannot be trusted: {error}", "restore it from a copy of the cache"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-MAX_ROWS_PER_BYTE = 100  # an honest line has a key of its own: more than a tenth of a byte, however it is compressed
+MAX_ROWS_PER_BYTE = 20  # an honest line has a key and a row of its own, which compress to two bytes
 MAX_EXPANSION = 1000  # bytes of columns for a byte of file
 BATCH_ROWS = 16_384
 _THRIFT_BYTES = 100_000_000

@@ -243,13 +243,12 @@ def scan_tars(
     twice = next((name for name, count in names.items() if count > 1), None)
     if twice is not None:
         raise UsageError(f"two tars are named {twice}", "a tar's name is its identity in the cache: rename one of them")
-    with ThreadPoolExecutor(max(1, threads), thread_name_prefix="scan") as pool:
-        scan = partial(scan_tar, on_truncated=on_truncated, allow_missing_eof=allow_missing_eof)
-        futures = [pool.submit(scan, path) for path in paths]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="scan")
+    scan = partial(scan_tar, on_truncated=on_truncated, allow_missing_eof=allow_missing_eof)
+    try:
+        return [future.result() for future in [pool.submit(scan, path) for path in paths]]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a signal does not wait for a large tar to be read
 
 
 def scan_tar(

@@ -146,7 +146,11 @@ class CacheWriter:
         """Keeps a frozen network's files, unless one of this name is kept; files.json says what they must be."""
         listed = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in files.items()}
         record = {NETWORK_FILES: pretty_json(with_digest({"files": listed}))}
-        self.store.create_folder(model_dir(name), record | dict(files))  # model.json, by which it is known, last
+        folder, whole = model_dir(name), record | dict(files)  # model.json, by which it is known, last
+        if not self.store.create_folder(folder, whole) and not exists(self.store, f"{folder}/model.json"):
+            for remainder in self.store.list(folder):  # of a repair that was killed
+                self.store.remove(f"{folder}/{remainder}")
+            self.store.create_folder(folder, whole)
 
     def append_segment(self, split: str, views: ViewPolicy, tars: Sequence[SourceTar]) -> Segment:
         """Adds the samples of `tars`; rows exist from now on, their blocks are committed one by one."""
@@ -226,7 +230,7 @@ class CacheWriter:
             if record is not None and receipt.fingerprint_digest != record["fingerprint_digest"]:
                 raise CorruptCache(
                     f"receipt of {field} block {receipt.block}-{receipt.view} belongs to fingerprint "
-                    f"{receipt.fingerprint_digest[:12]}..., the field has {record['fingerprint_digest'][:12]}...",
+                    f"{str(receipt.fingerprint_digest)[:12]}..., the field has {record['fingerprint_digest'][:12]}...",
                     f"`emkum cache repair {self.store.url}` drops it; the same extract command redoes its block",
                 )
         return found

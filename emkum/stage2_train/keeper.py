@@ -28,7 +28,7 @@ from emkum.stage2_train.loader import BatchLoader
 from emkum.stage2_train.losses import Journal, part_names
 from emkum.stage2_train.optimiser import peak_rate, rate
 from emkum.stage2_train.plan import Plan, Say
-from emkum.stage2_train.resume import ResumePoint, restore_rng, rng_state
+from emkum.stage2_train.resume import ResumePoint, restore_rng, rng_state, seed_rng
 from emkum.stage2_train.run_folder import (
     MetricsFile,
     RunFolder,
@@ -81,6 +81,8 @@ class RunKeeper(Callback):
         self.before = Spent()  # in earlier sessions of this run
         self.paused_seconds = 0.0
         self.stop_signal = ""
+        self.unscored = point is not None and not point.scored  # the validation after the last step is yet to come
+        self.validating = False
         self._rng: dict[str, Any] | None = None
         self._handlers: dict[int, Any] = {}
 
@@ -95,6 +97,10 @@ class RunKeeper(Callback):
     def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if hasattr(self, "bar"):
+            self.bar.close()
+            with contextlib.suppress(OSError):  # it is a view of metrics.csv; what broke a run is on its way already
+                self.board.finalize("")
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.stop_signal:
@@ -103,6 +109,8 @@ class RunKeeper(Callback):
                 write_info(self.folder, {**self.info, **measured, "status": "interrupted"})
             raise self._interrupted("stopped at once by a second signal; steps since the last checkpoint are lost")
         self.stop_signal = signal.Signals(number).name
+        if self.validating:
+            raise _Stop
 
     def _interrupted(self, what: str) -> Interrupted:
         return Interrupted(what, f"continue: {self.info['continue']}")
@@ -118,10 +126,12 @@ class RunKeeper(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._rng is not None:
             restore_rng(self._rng, pl_module.device)
+        else:
+            seed_rng(self.info["seed"])
         columns = ["epoch", "lr", "seconds", "samples_per_second", "waited", *part_names(self.recipe)]
         columns += self.validator.columns if self.validator else ()
         resumed = self.start_step or None
-        self.metrics = MetricsFile(self.folder.metrics, columns, resumed, self.say)
+        self.metrics = MetricsFile(self.folder.metrics, columns, resumed, self.say, not self.unscored)
         self.board = TensorBoardLogger(
             self.folder.dir, name="", version="tensorboard", purge_step=None if resumed is None else resumed + 1
         )
@@ -131,10 +141,14 @@ class RunKeeper(Callback):
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self.now = ""
         self.started = self.logged = self.saved = time.perf_counter()
-        self.logged_step, self.logged_waited = self.start_step, 0.0
+        self.logged_step, self.logged_waited, self.saved_step = self.start_step, 0.0, self.start_step
+        self.loader.while_waiting = lambda: self._stop_if_asked(trainer)
         self.bar = tqdm(
             total=len(self.order), initial=self.start_step, unit="step", dynamic_ncols=True, disable=None, leave=False
         )
+        if self.unscored:
+            self._score(trainer, self.start_step)
+            self._stop_if_asked(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -146,17 +160,31 @@ class RunKeeper(Callback):
             self._log(step)
         if scored:
             self._score(trainer, step)
-        elif self.stop_signal or time.perf_counter() - self.saved > 60 * self.config.checkpoint_minutes:
+        elif time.perf_counter() - self.saved > 60 * self.config.checkpoint_minutes:
             self._save(trainer)
-        if self.stop_signal and not last:
-            write_info(self.folder, {**self.info, **self._measured(step), "status": "interrupted"})
-            raise self._interrupted(f"{self.stop_signal} at step {step} of {len(self.order)}; checkpoint written")
+        self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        """Between two steps, all batches waited for: raise Interrupted after a signal, the last step in a checkpoint.
+
+        A run whose last step is done and scored has nothing to stop.
+        """
+        step = self.trainer_step
+        if not self.stop_signal or (step == len(self.order) and not self.unscored):
+            return
+        if step != self.saved_step:
+            self._save(trainer)
+        write_info(self.folder, {**self.info, **self._measured(step), "status": "interrupted"})
+        where = f"at step {step} of {len(self.order)}" + (", before its validation" if self.unscored else "")
+        kept = "checkpoint written" if step else "nothing to keep yet"
+        raise self._interrupted(f"{self.stop_signal} {where}; {kept}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["emkum"] = {
             "identity": self.info["identity"],
             "best_score": self.best_score,
             "best_step": self.best_step,
+            "scored": not self.unscored,
             "spent": dataclasses.asdict(self._spent(trainer.global_step)),
             "measured": self._measured(trainer.global_step),
             "journal": self.journal.state_dict(),
@@ -167,11 +195,6 @@ class RunKeeper(Callback):
         if not isinstance(exception, Interrupted) and hasattr(self, "started"):
             with contextlib.suppress(StorageFailure):  # the first failure is the one to report
                 write_info(self.folder, {**self.info, "status": "failed", "error": str(exception)})
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if hasattr(self, "bar"):
-            self.bar.close()
-            self.board.finalize("")
 
     # the work
 
@@ -219,27 +242,40 @@ class RunKeeper(Callback):
         self.board.log_metrics(dict(values), step)
 
     def _score(self, trainer: Trainer, step: int) -> None:
-        """Validate, keep the student if it is the best yet (or if nothing can say), and write a checkpoint."""
+        """Validate, keep the student if it is the best yet (or if nothing can say), and write a checkpoint.
+
+        After a signal in the validation: return with `unscored`, for the next session to validate.
+        """
         started = time.perf_counter()
+        self.unscored = True
         best, found = self.validator is None, ""
         self._refuse_divergence(step)
         if self.validator is not None:
             try:
+                self.validating = True
+                if self.stop_signal:
+                    raise _Stop
                 score = self.validator.run()
+            except _Stop:
+                self._paused(started)
+                return
             except NonFiniteFeature as error:
                 raise self._diverged(f"{error.what}, in the validation after step {step}") from error
+            finally:
+                self.validating = False
             if not math.isfinite(score.value):
                 raise self._diverged(f"the {self.validator.name} is {score.value} after step {step}")
             self._write(step, score.numbers)
             best = self.validator.better(score.value, self.best_score)
             if best:
                 self.best_score = score.value
-            found = f"; {self.validator.name} {score.value:.4g}" + (", the best so far" if best else "")
+            found = f"{self.validator.name} {score.value:.4g}" + (", the best so far" if best else "")
         self.bar.clear()
-        self.say(f"step {step} of {len(self.order)}: {self.now}{found}")
+        self.say(f"step {step} of {len(self.order)}: {'; '.join(filter(None, (self.now, found)))}")
         if best:
             self.best_step = step
             write_student(self.folder, self.student)
+        self.unscored = False
         self._paused(started)
         self._save(trainer)
         if best:
@@ -248,7 +284,9 @@ class RunKeeper(Callback):
     def _save(self, trainer: Trainer) -> None:
         started = time.perf_counter()
         self._refuse_divergence(trainer.global_step)
+        self.metrics.sync()
         trainer.save_checkpoint(self.folder.last)
+        self.saved_step = trainer.global_step
         self.saved = time.perf_counter()
         self._paused(started)
 
@@ -286,6 +324,7 @@ class RunKeeper(Callback):
 
     def finish(self) -> RunResult:
         """The last lines and run.json of a run that came to its end."""
+        self.bar.close()
         info = {**self.info, **self._measured(len(self.order)), "status": "finished"}
         write_info(self.folder, info)
         result = result_of(self.folder, info)
@@ -301,6 +340,10 @@ class RunKeeper(Callback):
         split = "" if self.validator is not None else f" --split {self.recipe.data.split}"
         self.say(f"next: emkum evaluate {self.folder.dir} --cache {self.config.cache}{split}")
         return result
+
+
+class _Stop(BaseException):
+    """Out of a validation, from wherever it is; no handler of `Exception` on the way may take it for its own."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from emkum.stage2_train.recipe import FieldNames, Recipe
 
 Kind = Literal["pairs", "images", "texts"]
+LOOK_UP_SECONDS = 0.2  # how often a loader that waits looks up
 
 
 # --- which rows --------------------------------------------------------------------------------------------------
@@ -172,13 +173,29 @@ class TrainOrder:
     Every epoch is shuffled anew from (seed, epoch). Its last partial batch is left out: a contrastive batch of
     another size has another loss. Captions "one": each picture once an epoch, with one of its captions drawn; "all":
     each caption once.
+
+    Ranks share each batch: rank r of n has its r-th part of batch / n rows, so that the parts put together are the
+    batch of one rank, and all ranks have equally many batches of equally many rows: a collective call in every step
+    never waits for a rank that has run out. `left_over`: the samples of each shuffle that are left out.
     """
 
     def __init__(
-        self, table: SampleTable, batch: int, seed: int, captions: Literal["one", "all"] = "one", num_steps: int = 0
+        self,
+        table: SampleTable,
+        batch: int,
+        seed: int,
+        captions: Literal["one", "all"] = "one",
+        num_steps: int = 0,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
-        """num_steps: the length of the order; 0 stands for one epoch. Raises UsageError if no batch can be filled."""
+        """batch: of all ranks together. num_steps: the length of the order; 0 stands for one epoch.
+
+        Raises UsageError if no batch can be filled, or if it cannot be shared out evenly among the ranks.
+        """
         self.table, self.batch, self.seed, self.captions = table, batch, seed, captions
+        self.part = rank_part(batch, rank, num_ranks)
         units = table.num_samples
         if captions == "all" and table.kind == "pairs":
             assert table.text_rows_M is not None
@@ -190,6 +207,7 @@ class TrainOrder:
                 f"use a smaller one: --set training.batch={max(1, units // 2)}",
             )
         self.units = units
+        self.left_over = units - self.steps_per_epoch * batch
         self.num_steps = num_steps or self.steps_per_epoch
         self._epoch = -1
         self._rows: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None] = (None, None, None)
@@ -201,7 +219,8 @@ class TrainOrder:
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._rows, self._epoch = self._shuffled(epoch), epoch
-        here = slice(place * self.batch, (place + 1) * self.batch)
+        start = place * self.batch
+        here = slice(start + self.part.start, start + self.part.stop)
         images, views, texts = (rows[here] if rows is not None else None for rows in self._rows)
         return BatchRows(images, views, texts)
 
@@ -224,6 +243,24 @@ class TrainOrder:
         counts = np.diff(table.first_caption_N)[order]
         caption = table.first_caption_N[:-1][order] + random.integers(counts)
         return table.image_rows_N[order], views, table.text_rows_M[caption]
+
+
+def rank_part(batch: int, rank: int, num_ranks: int) -> range:
+    """Which rows of each batch a rank has. Raises UsageError where ranks would get unequal parts."""
+    if not 0 <= rank < num_ranks:
+        raise UsageError(f"rank {rank} of {num_ranks} ranks", "ranks are numbered from 0, and there is at least one")
+    if batch < num_ranks:
+        raise UsageError(
+            f"a batch of {batch} is less than one sample for each of {num_ranks} ranks",
+            f"use a larger one: --set training.batch={num_ranks}",
+        )
+    if batch % num_ranks:
+        raise UsageError(
+            f"a batch of {batch} cannot be shared out evenly among {num_ranks} ranks",
+            f"use a multiple of {num_ranks}: --set training.batch={-(-batch // num_ranks) * num_ranks}",
+        )
+    share = batch // num_ranks
+    return range(rank * share, (rank + 1) * share)
 
 
 class PassOrder:
@@ -484,17 +521,19 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
 class BatchLoader:
     """Batches of an order, read ahead by threads into a ring of buffers. Sized, and resumable at every batch.
 
-    A batch's memory is reused two batches later: whoever keeps one longer copies it. `waited_seconds` is the time
-    the consumer stood waiting for a batch.
+    A batch's memory is reused two batches later: whoever keeps one longer copies it. threads 0: read when asked, in
+    the caller's thread. `waited_seconds` is the time the consumer stood waiting for a batch; `while_waiting` is called
+    several times a second meanwhile and may raise, to give up on storage that does not answer.
     """
 
     def __init__(
         self, order: Order, source: BatchSource, *, threads: int = 2, prefetch: int = 3, pin: bool = False
     ) -> None:
         self.order, self.source = order, source
-        self.threads, self.prefetch, self.pin = threads, prefetch, pin
+        self.threads, self.prefetch, self.pin = threads, prefetch if threads else 0, pin
         self.step = 0  # batches handed out so far
         self.waited_seconds = 0.0
+        self.while_waiting: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -502,22 +541,37 @@ class BatchLoader:
     def __iter__(self) -> Iterator[HostBatch]:
         """From the batch after the last one handed out to the end of the order."""
         slots = [Buffers(self.pin) for _ in range(self.prefetch + 2)]  # read ahead, awaited, and still in use
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="emkum-loader")
+        pool = ThreadPoolExecutor(self.threads or 1, thread_name_prefix="emkum-loader")
         pending: deque[Future[HostBatch]] = deque()
         submitted = self.step
+        wait_for_threads = True
         try:
             while self.step < len(self.order):
                 while submitted < min(len(self.order), self.step + 1 + self.prefetch):
                     rows = self.order.rows(submitted)
-                    pending.append(pool.submit(self.source.read, rows, slots[submitted % len(slots)]))
+                    buffers = slots[submitted % len(slots)]
+                    if self.threads:
+                        pending.append(pool.submit(self.source.read, rows, buffers))
+                    else:
+                        pending.append(read_now(self.source.read, rows, buffers))
                     submitted += 1
-                asked = time.perf_counter()
-                batch = pending.popleft().result()
-                self.waited_seconds += time.perf_counter() - asked
+                batch = self._awaited(pending.popleft())
                 self.step += 1
                 yield batch
+        except GeneratorExit:
+            raise
+        except BaseException:
+            wait_for_threads = False  # the reason to leave may be that one of them hangs
+            raise
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=wait_for_threads, cancel_futures=True)
+
+    def _awaited(self, reading: Future[HostBatch]) -> HostBatch:
+        asked = time.perf_counter()
+        while not wait([reading], timeout=LOOK_UP_SECONDS).done:
+            self.while_waiting()
+        self.waited_seconds += time.perf_counter() - asked
+        return reading.result()
 
     def state_dict(self) -> dict[str, int]:
         """Where to go on: the number of batches handed out, and the length it belongs to."""
@@ -531,3 +585,10 @@ class BatchLoader:
                 "resume with the recipe, batch and cache it was started with",
             )
         self.step = state["step"]
+
+
+def read_now(read: Callable[[BatchRows, Buffers], HostBatch], rows: BatchRows, buffers: Buffers) -> Future[HostBatch]:
+    """What a pool's `submit` does, in the thread that calls."""
+    done: Future[HostBatch] = Future()
+    done.set_result(read(rows, buffers))
+    return done

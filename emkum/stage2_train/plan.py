@@ -280,13 +280,12 @@ def run_summary(plan: Plan, info: Mapping[str, Any], validator: Validator | None
     units = f"{order.units:,} captions of " if order.units != table.num_samples else ""
     views = f", {table.num_views} views" if table.num_views > 1 else ""
     dropped = f"; {table.dropped:,} more left out, as a field or a partner is lacking" if table.dropped else ""
-    left = order.units - order.steps_per_epoch * order.batch
     lines = [
         f"recipe {recipe.name}: {' + '.join(recipe.terms).replace('_', '-')}" + (f" ({plan.why})" if plan.why else ""),
         f"reads {', '.join(plan.names.needed())}",
         f"{table.split}: {units}{table.num_samples:,} {what}{views}{dropped}",
-        f"{order.steps_per_epoch} batches of {order.batch} an epoch ({left} samples of each shuffle are left over), "
-        f"{len(order)} steps in all",
+        f"{order.steps_per_epoch} batches of {order.batch} an epoch ({order.left_over} samples of each shuffle are "
+        f"left over), {len(order)} steps in all",
     ]
     if info["bank"]:
         lines.append(f"bank of ctl: {info['bank']}")

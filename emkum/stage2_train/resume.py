@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
+import json
 import random
 import shlex
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from emkum.errors import NotARun, ResumeMismatch
 from emkum.shards.reader import Cache
 from emkum.stage2_train.loader import SampleTable
 from emkum.stage2_train.recipe import FieldNames, Recipe
-from emkum.stage2_train.run_folder import RunFolder, copy_durably, read_checkpoint
+from emkum.stage2_train.run_folder import RunFolder, copy_durably, pieces, read_checkpoint
 
 if TYPE_CHECKING:
     from emkum.stage2_train.plan import Say, TrainConfig
@@ -112,41 +113,75 @@ def _same_flags(config: TrainConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint to go on from. measured: what run.json would have said then."""
+    """A checkpoint to go on from. measured: what run.json would have said then.
+
+    scored: False where the session was stopped in the validation that follows its last step: it comes first then.
+    """
 
     path: Path
     step: int
+    scored: bool
     measured: dict[str, Any]
 
 
-def resume_point(folder: RunFolder, before: Mapping[str, Any] | None, say: Say) -> ResumePoint | None:
+def resume_point(
+    folder: RunFolder, before: Mapping[str, Any] | None, identity: Mapping[str, Any], say: Say
+) -> ResumePoint | None:
     """Where to go on; None for a new run, or one that stopped before its first checkpoint.
 
-    A last.ckpt that cannot be read gives way to best.ckpt, and that is said. Raises NotARun if neither can.
+    A last.ckpt that cannot be read gives way to the latest of previous.ckpt and best.ckpt that can, and that is said.
+    Raises NotARun if none can, ResumeMismatch if something is missing in it or if it is of another run.
     Makes best.ckpt anew where the last session died between writing last.ckpt and copying it.
     """
-    if before is None or not (folder.last.is_file() or folder.best.is_file()):
+    there = [path for path in (folder.last, folder.previous, folder.best) if path.is_file()]
+    if before is None or not there:
         return None
     try:
         path, found = folder.last, read_checkpoint(folder.last)
     except NotARun as error:
-        path, found = folder.best, _best_instead(folder, before, error)
-        say(f"warning: {error.what}; going on from {path}, which takes its place")
-        copy_durably(folder.best, folder.last)
+        path, found = _latest_instead([path for path in there if path != folder.last], before, error)
+        say(f"warning: {error.what}; going on from {path}, which takes its place, at step {found.get('global_step')}")
+    check_whole(found, path, identity, before)
     step = int(found["global_step"])
-    if path == folder.last and found["emkum"]["best_step"] == step and not _same_bytes(folder.last, folder.best):
+    if path != folder.last:
+        copy_durably(path, folder.last)
+    elif found["emkum"]["best_step"] == step and not _same_bytes(folder.last, folder.best):
         copy_durably(folder.last, folder.best)
-    return ResumePoint(path, step, found["emkum"]["measured"])
+    return ResumePoint(path, step, found["emkum"]["scored"], found["emkum"]["measured"])
 
 
-def _best_instead(folder: RunFolder, before: Mapping[str, Any], last: NotARun) -> dict[str, Any]:
-    way_out = f"restore one of them, or start again in another --run-dir; it was started with: {before['command']}"
-    if not folder.best.is_file():
-        raise NotARun(f"{last.what}, and there is no {folder.best}", way_out) from last
-    try:
-        return read_checkpoint(folder.best)
-    except NotARun as error:
-        raise NotARun(f"{last.what}; {error.what}", way_out) from error
+def _latest_instead(others: list[Path], before: Mapping[str, Any], last: NotARun) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of the most steps among those that can be read."""
+    good, damage = [], [last.what]
+    for path in others:
+        try:
+            good.append((path, read_checkpoint(path)))
+        except NotARun as error:
+            damage.append(error.what)
+    if not good:
+        raise NotARun(f"no checkpoint is left: {'; '.join(damage)}", _restore_or_restart(before)) from last
+    return max(good, key=lambda checkpoint: checkpoint[1].get("global_step", -1))
+
+
+def check_whole(found: Mapping[str, Any], path: Path, identity: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Raise ResumeMismatch if a piece that was written is missing, or if the checkpoint is of another run.
+
+    A run that went on without its optimiser's state, say, would not be the run that was stopped.
+    """
+    held = {name: value for name, value in found.items() if name != "pieces"}
+    missing = sorted(set(found["pieces"]) - set(pieces(held)))
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ResumeMismatch(f"checkpoint {path} lacks {shown}", _restore_or_restart(before))
+    theirs, ours = (json.loads(json.dumps(whose)) for whose in (found["emkum"]["identity"], identity))
+    differences = _differences(theirs, ours)
+    if differences:
+        shown = "; ".join(f"{name}: {old} in the checkpoint, {new} in the run" for name, old, new in differences[:5])
+        raise ResumeMismatch(f"checkpoint {path} is of another run ({shown})", _restore_or_restart(before))
+
+
+def _restore_or_restart(before: Mapping[str, Any]) -> str:
+    return f"restore it, or start again in another --run-dir; the run was started with: {before['command']}"
 
 
 def _same_bytes(one: Path, other: Path) -> bool:
@@ -162,6 +197,13 @@ def start_command(config: TrainConfig, recipe: Recipe, seed: int, run_dir: Path)
     words += ["--precision", config.precision] if config.precision != "auto" else []
     words += ["--max-steps", str(config.max_steps)] if config.max_steps else []
     return shlex.join(words + _same_flags(config))
+
+
+def seed_rng(seed: int) -> None:
+    """Every random generator of the process at the start of a run, so that two runs are alike whatever ran before."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

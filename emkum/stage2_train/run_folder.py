@@ -1,14 +1,19 @@
-"""The folder of one training run: what lies where, written whole or not at all, and read back."""
+"""The folder of one training run: what lies where, written whole or not at all, and read back.
+
+What changes a run folder goes through the `os` of this module or of `durable`: tests can fail every call in turn.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import os
+import struct
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +24,25 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from emkum.errors import AnotherWriter, NotARun, ResumeMismatch, StorageFailure, UsageError
-from emkum.shards.durable import DurableFile, make_dir, storage_errors, sync_dir, write_file
+from emkum.shards.durable import (
+    TEMPORARY_SUFFIX,
+    DurableFile,
+    make_dir,
+    remove,
+    storage_errors,
+    sync_dir,
+    temporary_path,
+    write_file,
+)
 from emkum.stage2_train.recipe import Recipe, recipe_from_table
 from emkum.stage2_train.student import Student, StudentSpec
 
 STUDENT_PREFIX = "student."  # of the student's tensors in a checkpoint
+WEIGHTS_DIGEST = "emkum.sha256"  # in the metadata of student.safetensors
 INFO_KEYS = ("command", "continue", "recipe", "cache", "identity", "seed", "precision", "total_steps")
 COPY_BYTES = 16 * 2**20
+SEAL = b"emkum sha256 "  # a checkpoint is a zip file; its comment is this and the hex SHA-256 of all before
+SEAL_BYTES = len(SEAL) + 64
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,10 @@ class RunFolder:
     @property
     def last(self) -> Path:
         return self.dir / "checkpoints" / "last.ckpt"
+
+    @property
+    def previous(self) -> Path:
+        return previous_of(self.last)
 
     @property
     def best(self) -> Path:
@@ -90,7 +111,7 @@ def load_run(run_dir: Path | str, checkpoint: str = "best") -> LoadedRun:
         weights = _read_weights(folder)
     else:
         path = folder.last if checkpoint == "last" else Path(checkpoint)
-        state = read_checkpoint(path)["state_dict"]
+        state = read_checkpoint(path).get("state_dict", {})
         weights = {k.removeprefix(STUDENT_PREFIX): v for k, v in state.items() if k.startswith(STUDENT_PREFIX)}
     try:
         student.load_state_dict(weights, strict=True)
@@ -133,7 +154,7 @@ def write_info(folder: RunFolder, info: Mapping[str, Any]) -> None:
 def write_student(folder: RunFolder, student: Student) -> None:
     """student.safetensors, then student.json. Raises StorageFailure."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
-    write_file(folder.weights, save(tensors))
+    write_file(folder.weights, save(tensors, {WEIGHTS_DIGEST: _digest(tensors)}))
     write_file(folder.spec, (json.dumps(student.spec.to_json(), indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -150,50 +171,141 @@ def _read_spec(folder: RunFolder) -> StudentSpec:
 
 
 def _read_weights(folder: RunFolder) -> dict[str, Tensor]:
+    """The tensors of student.safetensors, compared with the digest it was written with: the format has none."""
+    way_out = f"restore it; or read the last checkpoint instead, {folder.last}; or train again into a new folder"
     try:
-        return load(folder.weights.read_bytes())
-    except (OSError, SafetensorError) as error:
+        data = folder.weights.read_bytes()
+        tensors = load(data)
+        header_bytes = struct.unpack("<Q", data[:8])[0]
+        stated = json.loads(data[8 : 8 + header_bytes]).get("__metadata__", {}).get(WEIGHTS_DIGEST)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise NotARun(f"{folder.weights} cannot be read: {error}", way_out) from error
+    if stated is not None and stated != _digest(tensors):  # none: of an emkum that wrote no digest
         raise NotARun(
-            f"{folder.weights} cannot be read: {error}",
-            "restore it, or train again into a new folder",
-        ) from error
+            f"{folder.weights} is damaged: its tensors are not those of its digest, {stated[:12]}...", way_out
+        )
+    return tensors
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over name, type, shape and bytes of each tensor, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """One checkpoint file, durable before it takes the old one's name, and proven to load with weights_only.
+    """One checkpoint file, durable and read back before it takes the old one's name. The old one stays beside it.
 
-    Raises StorageFailure; the old file then stays as it was.
+    `pieces` is added: the name of everything in it, by which a reader knows that nothing is missing.
+    Raises StorageFailure; the old file then stays as it was, or the new one is there whole.
     """
+    held = {name: value for name, value in checkpoint.items() if name != "pieces"}
     buffer = io.BytesIO()
-    torch.save(dict(checkpoint), buffer)
+    torch.save({**held, "pieces": pieces(held)}, buffer)
+    _seal(buffer)
     unproven = path.with_name(f".{path.name}.tmp")
-    with DurableFile(unproven) as file:
-        file.write(buffer.getbuffer())
-        file.commit()
     try:
-        torch.load(unproven, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        unproven.unlink(missing_ok=True)
+        with storage_errors(path):
+            with DurableFile(unproven) as file:
+                file.write(buffer.getbuffer())
+                file.commit()
+            _prove(unproven, path)
+            if path.exists():
+                _keep_previous(path)
+            os.replace(unproven, path)
+            sync_dir(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(unproven)
+
+
+def _prove(written: Path, path: Path) -> None:
+    try:
+        read_checkpoint(written, mmap=True)  # the digest reads every byte; the tensors need not be held once more
+    except NotARun as error:
         raise StorageFailure(f"{path} cannot be read after writing: {error}", "check the disk, then resume") from error
-    with storage_errors(path):
-        os.replace(unproven, path)
-        sync_dir(path.parent)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint, on the CPU, without running any code from it. Raises NotARun."""
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint lies that `path` replaced."""
+    return path.with_name("previous.ckpt")
+
+
+def _keep_previous(path: Path) -> None:
+    """A second name for the file, which is about to lose its own; a copy where the disk has no hard links."""
+    previous = previous_of(path)
+    second = temporary_path(previous, "link")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        os.link(path, second)
+    except OSError:
+        copy_durably(path, previous)
+        return
+    os.replace(second, previous)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(second)  # it stays where `previous` was this file already
+
+
+def pieces(value: Any, name: str = "") -> list[str]:
+    """The names of all that a checkpoint holds, tensors with type and shape: `emkum.rng.torch uint8 [5056]`."""
+    if isinstance(value, Tensor):
+        return [f"{name} {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"]
+    inner: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        inner = value.items()
+    elif isinstance(value, (list, tuple)):
+        inner = enumerate(value)
+    return [found for key, part in inner for found in pieces(part, f"{name}.{key}" if name else str(key))] or [name]
+
+
+def _seal(buffer: io.BytesIO) -> None:
+    """Makes the SHA-256 of a zip file its comment. torch.load does not look at the checksums inside of it."""
+    with buffer.getbuffer() as data:
+        assert data[-2:] == bytes(2), "torch.save wrote a zip file with a comment"
+        data[-2:] = struct.pack("<H", SEAL_BYTES)
+        digest = hashlib.sha256(data).hexdigest()
+    buffer.seek(0, io.SEEK_END)
+    buffer.write(SEAL + digest.encode())
+
+
+def _check_seal(path: Path) -> None:
+    """Raises ValueError unless the file is what was written."""
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        left = max(0, size - SEAL_BYTES)
+        file.seek(left)
+        stated = file.read(SEAL_BYTES)
+        if not stated.startswith(SEAL):
+            raise ValueError(f"of {size} bytes, it does not end in the digest that emkum writes")
+        file.seek(0)
+        digest = hashlib.sha256()
+        while left:
+            chunk = file.read(min(left, COPY_BYTES))
+            if not chunk:
+                raise ValueError("it became shorter while it was read")
+            digest.update(chunk)
+            left -= len(chunk)
+    if stated[len(SEAL) :] != digest.hexdigest().encode():
+        raise ValueError("its bytes are not those of the digest at its end")
+
+
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint, bit for bit as written, on the CPU, without running any code from it. Raises NotARun."""
+    try:
+        _check_seal(path)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError as error:
         raise NotARun(f"no checkpoint {path}", "the run stopped before its first one; start it again") from error
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise NotARun(
             f"checkpoint {path} cannot be read: {error}", "resume from another one, or train again"
         ) from error
-    if not isinstance(found, dict) or "state_dict" not in found:
+    if not isinstance(found, dict) or "pieces" not in found:
         raise NotARun(f"{path} is not a checkpoint of emkum", "give checkpoints/last.ckpt or best.ckpt of a run")
     return found
 
@@ -218,15 +330,23 @@ class MetricsFile:
     """
 
     def __init__(
-        self, path: Path, columns: list[str], resume_step: int | None = None, say: Callable[[str], None] = print
+        self,
+        path: Path,
+        columns: list[str],
+        resume_step: int | None = None,
+        say: Callable[[str], None] = print,
+        scored: bool = True,
     ) -> None:
+        """resume_step: the checkpoint's. scored: whether the validation after that step is in the checkpoint too."""
         self.path, self.columns = path, ["step", *columns]
         kept = [",".join(self.columns)]
         if resume_step is not None and path.is_file():
-            kept += self._lines_until(resume_step, say)
+            kept += self._lines_until(resume_step, scored, say)
+        elif resume_step is not None:
+            say(f"warning: {path} is gone: it begins again after step {resume_step}")
         write_file(path, ("\n".join(kept) + "\n").encode())
 
-    def _lines_until(self, step: int, say: Callable[[str], None]) -> list[str]:
+    def _lines_until(self, step: int, scored: bool, say: Callable[[str], None]) -> list[str]:
         header, *lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
         if header != ",".join(self.columns):
             raise ResumeMismatch(
@@ -238,17 +358,32 @@ class MetricsFile:
             cells = line.split(",")
             if len(cells) != len(self.columns) or not cells[0].isdecimal():
                 say(f"warning: line {number} of {self.path} cannot be read and is left out: {line[:40]!r}")
-            elif int(cells[0]) <= step:
+            elif int(cells[0]) < step or (int(cells[0]) == step and (scored or self._is_of_training(cells))):
                 kept.append(line)
         return kept
+
+    def _is_of_training(self, cells: list[str]) -> bool:
+        """Lines of training have a learning rate, those of validation have not."""
+        return bool(cells[self.columns.index("lr")])
+
+    def sync(self) -> None:
+        """What was appended survives a power loss: before a checkpoint that counts on it. Raises StorageFailure."""
+        with storage_errors(self.path), self.path.open("rb") as file:
+            os.fsync(file.fileno())
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """One line. Raises StorageFailure."""
         unknown = set(values) - set(self.columns)
         assert not unknown, f"columns {unknown} were not announced"
         cells = [str(step), *(_cell(values.get(name)) for name in self.columns[1:])]
-        with storage_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(",".join(cells) + "\n")
+        left = memoryview((",".join(cells) + "\n").encode())
+        with storage_errors(self.path):
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+            try:
+                while left:
+                    left = left[os.write(handle, left) :]
+            finally:
+                os.close(handle)
 
 
 def _cell(value: float | None) -> str:
@@ -282,6 +417,9 @@ def new_run(wanted: Path | None, name: str) -> Iterator[RunFolder]:
             make_dir(wanted)
     with held(folder):
         refuse_used_dir(wanted)
+        for path in (folder.metrics, folder.info):  # of a process that was killed before its run began
+            for torn in folder.dir.glob(f".{path.name}.*{TEMPORARY_SUFFIX}"):
+                remove(torn)
         try:
             yield folder
         finally:

@@ -58,7 +58,7 @@ def train(config: TrainConfig, say: Say = print) -> RunResult:
 def _session(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, say: Say) -> RunResult:
     """From a plan and a folder that is ours to the end of the run; `before`: run.json of the run that goes on."""
     config = plan.config
-    point = resume_point(folder, before, say)
+    point = resume_point(folder, before, plan.identity, say)
     validator = make_validator(
         plan.student,
         plan.recipe,
@@ -73,7 +73,7 @@ def _session(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, sa
     info = run_info(plan, folder, before, point.step if point else 0)
     for line in run_summary(plan, info, validator):
         say(line)
-    if point is not None and point.step == len(plan.order):
+    if point is not None and point.scored and point.step == len(plan.order):
         say(f"{folder.dir} is trained to its last step, {point.step}, already")
         info = {**info, **point.measured, "status": "finished"}
         write_info(folder, info)
@@ -102,9 +102,9 @@ def _session(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, sa
         )
         try:
             trainer.fit(module, loader, ckpt_path=point.path if point else None)
+            return keeper.finish()
         except StorageFailure as error:
             raise StorageFailure(error.what, f"make room, then continue: {info['continue']}") from error
-    return keeper.finish()
 
 
 class Distillation(LightningModule):

@@ -1,6 +1,10 @@
 """Write the golden cache: a small, complete cache of format 1, made from docs/format.md without any code of emkum.
 
     python tests/golden/make_golden.py OUT
+    python tests/golden/make_golden.py OUT --digests
+
+With --digests it is written as emkum does since 0.2: every JSON file carries a digest and has just one rendering, the
+networks list their files, and the second source is one of which only the complete samples were kept.
 
 Every number is a pure function of (field, row, view, index), stated below, so that a test can ask for what it should
 read: `expected_row` (stored numbers), `expected_values` (decoded), `expected_array` (a whole array as a plain Zarr
@@ -642,7 +646,60 @@ def write_golden(root: Path) -> None:
     put(root, "_emkum/receipts/teacher/tiny/image/cls/000001-0.json.tmp", b'{"field": "teacher/tiny/ima')
 
 
+# --- the same with digests in every record --------------------------------------------------------------------------
+
+
+def put_sealed(root: Path, path: str, content: dict) -> None:
+    put(root, path, (json.dumps(content, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii"))
+
+
+def with_digest(content: dict, key: str = "digest") -> dict:
+    return content | {key: sha256(canonical(content))}
+
+
+def seal(root: Path) -> None:
+    """Adds the digests to a cache that `write_golden` wrote."""
+    write_network_of_the_tokenizer(root)
+    for file in sorted(p for p in root.rglob("*.json") if "models" not in p.parts):
+        path, content = file.relative_to(root).as_posix(), json.loads(file.read_text("utf-8"))
+        if path == "zarr.json":
+            content["attributes"]["emkum"] = with_digest(content["attributes"]["emkum"])
+        elif content.get("node_type") == "array":
+            content["attributes"] = {"emkum": {"digest": sha256(canonical(content))}}
+        elif path.endswith("/segment.json"):
+            content = sealed_segment(content)
+        put_sealed(root, path, content)
+    for folder in sorted((root / "_emkum/models").iterdir()):
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p.read_bytes())} for p in folder.iterdir()}
+        put_sealed(root, f"_emkum/models/{folder.name}/files.json", with_digest({"files": files}))
+    scans = {f"/data/{tar}": [10240 * n, 1, 2, sha256(b"golden " + tar.encode())] for tar, n in SEGMENTS[0].tars}
+    put_sealed(root, "_emkum/hints/scans.json", with_digest({"scans": scans}))
+
+
+def sealed_segment(content: dict) -> dict:
+    del content["digest"]
+    if content["segment"] == 0:
+        content["sources"][1]["truncated"] = content["sources"][1]["bytes"]
+    signed = {key: content[key] for key in ("split", "image", "text", "views", "parquet")}
+    signed["sources"] = [
+        [s["tar"], s["bytes"], s["sha256"], s["samples"], *([s["truncated"]] if "truncated" in s else [])]
+        for s in content["sources"]
+    ]
+    return with_digest(content | {"digest": sha256(canonical(signed))}, "record_digest")
+
+
+def write_network_of_the_tokenizer(root: Path) -> None:
+    """The network whose name the ids bear."""
+    tiny, folder = root / "_emkum/models" / MODEL, "_emkum/models/tiny-tokenizer"
+    for name in ("model.safetensors", "tokenizer.json"):
+        put(root, f"{folder}/{name}", (tiny / name).read_bytes())
+    model = json.loads((tiny / "model.json").read_text("utf-8"))
+    put_json(root, f"{folder}/model.json", model | {"name": "tiny-tokenizer"})
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python tests/golden/make_golden.py OUT")
+    if len(sys.argv) not in (2, 3) or sys.argv[2:] not in ([], ["--digests"]):
+        raise SystemExit("usage: python tests/golden/make_golden.py OUT [--digests]")
     write_golden(Path(sys.argv[1]))
+    if sys.argv[2:]:
+        seal(Path(sys.argv[1]))

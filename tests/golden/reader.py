@@ -41,6 +41,12 @@ def digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
+def check_digest(record: dict, key: str, what: str) -> None:
+    """Of records that carry their digest under `key`; those of the first release do not."""
+    if key in record:
+        require(digest({k: v for k, v in record.items() if k != key}) == record[key], f"{what}: {key}")
+
+
 def require(condition: bool, what: str) -> None:
     if not condition:
         raise BadCacheError(what)
@@ -53,6 +59,7 @@ def finished_json(folder: Path) -> list[Path]:
 def open_cache(path: Path) -> PlainCache:
     """Read all records, check their digests and that they agree. Reads no numbers."""
     root = json.loads((path / "zarr.json").read_text("utf-8"))["attributes"]["emkum"]
+    check_digest(root, "digest", "zarr.json")
     require(root["format"] == 1, f"format {root['format']}, this reader knows 1")
     rows_per_block = root["rows_per_block"]
     segments, next_row = [], {"image": 0, "text": 0}
@@ -61,7 +68,11 @@ def open_cache(path: Path) -> PlainCache:
         segment = json.loads((folder / "segment.json").read_text("utf-8"))
         require(segment["segment"] == len(segments), f"{folder}: segment {segment['segment']}")
         signed = {key: segment[key] for key in ("split", "image", "text", "views", "parquet")}
-        signed["sources"] = [[s["tar"], s["bytes"], s["sha256"], s["samples"]] for s in segment["sources"]]
+        signed["sources"] = [
+            [s["tar"], s["bytes"], s["sha256"], s["samples"], *([s["truncated"]] if "truncated" in s else [])]
+            for s in segment["sources"]
+        ]
+        check_digest(segment, "record_digest", f"{folder}")
         require(segment["digest"] == digest(signed), f"{folder}: digest")
         for space, row in next_row.items():
             require(segment[space]["first_row"] == row, f"{folder}: first {space} row")
