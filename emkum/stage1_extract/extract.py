@@ -26,11 +26,13 @@ from emkum.shards.segments import read_captions
 from emkum.stage1_extract.claimed import ClaimedBlocks
 from emkum.stage1_extract.encode import Rows, encode_batch
 from emkum.stage1_extract.pictures import Batch, PictureStream
-from emkum.stage1_extract.plan import ExtractConfig, Plan, Task, make_plan, survey
+from emkum.stage1_extract.plan import ExtractConfig, Plan, Survey, Task, make_plan, survey
+from emkum.stage1_extract.probe import check_committed
 from emkum.stage1_extract.writing import Finished, Writing
 
 STATISTICS_ROWS = 512  # rows that int8's channel mean and std are taken from, evenly spread over the first segment
 Say = Callable[[str], None]
+Watch = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -48,42 +50,43 @@ class ExtractResult:
     quarantined: int
 
 
-def extract(config: ExtractConfig, say: Say = print) -> ExtractResult:
+def extract(config: ExtractConfig, say: Say = print, watch: Watch | None = None) -> ExtractResult:
     """Fills the cache with every missing block of the asked fields; does nothing if there is none.
 
-    `say` receives one line a step. Raises the errors of emkum.errors; whatever was committed stays, and the same
-    call continues.
+    `say` receives one line a step. watch: called with the rows of every batch, and with 0 while there is nothing to
+    do, in place of the bill and the bar; what it raises ends the run. Raises the errors of emkum.errors; whatever was
+    committed stays, and the same call continues.
     """
+    if config.workers is not None or config.scheduler is not None:
+        from emkum.stage1_extract.workers import extract_with_workers
+
+        return extract_with_workers(config, say)
     with contextlib.ExitStack() as held:
-        return _run(config, say, held)
+        return _run(config, say, watch, held)
 
 
-def _run(config: ExtractConfig, say: Say, held: contextlib.ExitStack) -> ExtractResult:
+def _run(config: ExtractConfig, say: Say, watch: Watch | None, held: contextlib.ExitStack) -> ExtractResult:
     started = time.perf_counter()
     found = survey(config)
     claims = held.enter_context(Claims(found.store))
     with claims.planning(config.join, say):
-        plan = make_plan(found)
-        config = plan.config
-        say(_contents_line(plan))
-        if not plan.tasks:
-            say(f"nothing to do: {plan.store.url} holds every block of {', '.join(plan.fields)}")
-            return ExtractResult(0, 0, 0, time.perf_counter() - started, 0.0, 0)
-        for line in _bill(plan):
-            say(line)
-        _declare(plan)
-    bad = _Quarantine(plan)
+        plan = planned(found, claims, say, bill=watch is None)
+    if not plan.tasks:
+        return ExtractResult(0, 0, 0, time.perf_counter() - started, 0.0, 0)
+    bad = Quarantine(plan)
     blocks = ClaimedBlocks(plan, claims, say)
     loop_started = time.perf_counter()
     with Writing(plan, blocks, say) as writing:
         for missing in blocks.rounds():
+            if watch is not None:
+                watch(0)
             text_tasks = [task for task in missing if _space(plan, task) == "text"]
             image_tasks = [task for task in missing if _space(plan, task) == "image"]
             if text_tasks:
-                with _Progress("captions", text_tasks) as progress:
+                with _Progress("captions", text_tasks, watch) as progress:
                     _extract_captions(plan, blocks.take(text_tasks), writing, progress, bad)
             if image_tasks:
-                with _Progress("pictures", image_tasks) as progress:
+                with _Progress("pictures", image_tasks, watch) as progress:
                     _extract_pictures(plan, blocks.take(image_tasks), writing, progress, bad)
             writing.settle()
     bad.check()
@@ -91,11 +94,23 @@ def _run(config: ExtractConfig, say: Say, held: contextlib.ExitStack) -> Extract
     result = ExtractResult(
         writing.num_rows, writing.num_blocks, writing.num_bytes, ended - started, ended - loop_started, bad.new
     )
-    for line in _conservation(plan, bad) + _summary(result):
+    for line in closing_lines(plan, bad, result):
         say(line)
-    if config.split == "train":
-        say(f"next: emkum train --cache {config.cache}")
     return result
+
+
+def planned(found: Survey, claims: Claims, say: Say, bill: bool = True) -> Plan:
+    """The plan of a run, said, with its fields declared. The caller alone is planning (Claims.planning)."""
+    beside = claims.writers()  # whoever began has checked, and may have committed more since
+    plan = make_plan(found) if beside else make_plan(found, lambda held: check_committed(held, say))
+    say(_contents_line(plan))
+    if not plan.tasks:
+        say(f"nothing to do: {plan.store.url} holds every block of {', '.join(plan.fields)}")
+        return plan
+    for line in _bill(plan) if bill else ():
+        say(line)
+    _declare(plan)
+    return plan
 
 
 def default_threads() -> int:
@@ -106,7 +121,7 @@ def default_threads() -> int:
 
 
 def _extract_pictures(
-    plan: Plan, tasks: Iterable[Task], writing: Writing, progress: _Progress, bad: _Quarantine
+    plan: Plan, tasks: Iterable[Task], writing: Writing, progress: _Progress, bad: Quarantine
 ) -> None:
     config = plan.config
     statistics = _device_statistics(plan)
@@ -167,7 +182,7 @@ def _wanted(plan: Plan, task: Task) -> list[Wanted]:
 
 
 def _extract_captions(
-    plan: Plan, tasks: Iterable[Task], writing: Writing, progress: _Progress, bad: _Quarantine
+    plan: Plan, tasks: Iterable[Task], writing: Writing, progress: _Progress, bad: Quarantine
 ) -> None:
     config = plan.config
     statistics = _device_statistics(plan)
@@ -359,7 +374,7 @@ def _device_statistics(plan: Plan) -> dict[str, tuple[torch.Tensor, torch.Tensor
 # --- what people see --------------------------------------------------------------------------------------
 
 
-class _Quarantine:
+class Quarantine:
     """Counts the samples left out of any field, by this process and by others, against the budget."""
 
     def __init__(self, plan: Plan) -> None:
@@ -419,9 +434,15 @@ class _Quarantine:
 class _Progress:
     """One bar: samples a second, time left, and what the loop mostly waits for."""
 
-    def __init__(self, what: str, tasks: Sequence[Task]) -> None:
+    def __init__(self, what: str, tasks: Sequence[Task], watch: Watch | None) -> None:
+        self._watch = watch
         self._bar = tqdm(
-            total=sum(task.rows for task in tasks), unit="samples", desc=what, smoothing=0.05, mininterval=0.5
+            total=sum(task.rows for task in tasks),
+            unit="samples",
+            desc=what,
+            smoothing=0.05,
+            mininterval=0.5,
+            disable=watch is not None,
         )
         self._seconds = {"decode": 0.0, "forward": 0.0, "write": 0.0}
 
@@ -429,6 +450,8 @@ class _Progress:
         return _Stopwatch(self._seconds, stage)
 
     def advance(self, rows: int) -> None:
+        if self._watch is not None:
+            self._watch(rows)
         total = sum(self._seconds.values()) or 1.0
         slowest = max(self._seconds, key=lambda stage: self._seconds[stage])
         share = self._seconds[slowest] / total
@@ -517,7 +540,15 @@ def _expected_seconds(plan: Plan) -> float | None:
     return seconds if known else None
 
 
-def _conservation(plan: Plan, bad: _Quarantine) -> list[str]:
+def closing_lines(plan: Plan, bad: Quarantine, result: ExtractResult) -> list[str]:
+    """What a finished run says of itself."""
+    lines = _conservation(plan, bad) + _summary(result)
+    if plan.config.split == "train":
+        lines.append(f"next: emkum train --cache {plan.config.cache}")
+    return lines
+
+
+def _conservation(plan: Plan, bad: Quarantine) -> list[str]:
     pictures = sum(s.image.rows for s in plan.segments)
     if not any(field.spec.space == "image" for field in plan.fields.values()):
         return []

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from emkum.errors import ClaimLost
+from emkum.errors import ClaimLost, StorageFailure
 from emkum.shards.codec import Encoded, Summary
+from emkum.shards.durable import is_full
 from emkum.shards.writer import BlockWriter
 from emkum.stage1_extract.claimed import ClaimedBlocks
 from emkum.stage1_extract.encode import Rows
@@ -83,7 +84,17 @@ class Writing:
             try:
                 work()
             except BaseException as error:
-                self._failure = error
+                self._failure = self._with_room(error)
+
+    def _with_room(self, error: BaseException) -> BaseException:
+        """The error; if there is no room, with the bytes that are needed and free."""
+        if not isinstance(error, StorageFailure) or not is_full(error):
+            return error
+        needed, free = self._plan.num_bytes - self.num_bytes, self._plan.store.free_bytes()
+        room = f"{error.what}; the blocks that are left need at most {needed:,} bytes"
+        told = StorageFailure(room + ("" if free is None else f", {free:,} are free"), error.way_out)
+        told.__cause__ = error
+        return told
 
     def _append(self, finished: Finished) -> None:
         for name, writer in self._writers(finished.task).items():
