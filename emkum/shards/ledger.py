@@ -163,6 +163,18 @@ def _check_numbers(receipt: Receipt) -> None:
         raise ValueError("it holds numbers that cannot be")
 
 
+def field_record_paths(store: Store, folder: str = f"{RECORDS}/fields") -> list[str]:
+    """Paths of all field records, sorted. Unfinished writes are passed over."""
+    found = []
+    for name, size in sorted(store.list(folder).items()):
+        path = f"{folder}/{name}"
+        if size is None:
+            found += field_record_paths(store, path)
+        elif name.endswith(".json") and not name.startswith("."):
+            found.append(path)
+    return found
+
+
 def read_field_record(store: Store, path: str) -> dict[str, Any]:
     """A field's record. Raises CorruptCache for one that does not hold together."""
     try:

@@ -30,7 +30,7 @@ from emkum.shards.layout import (
     model_dir,
     object_path,
 )
-from emkum.shards.ledger import CommittedObject, Receipt, read_field_record, read_receipts
+from emkum.shards.ledger import CommittedObject, Receipt, field_record_paths, read_field_record, read_receipts
 from emkum.shards.segments import CAPTIONS, SAMPLES, Segment, read_captions, read_samples, read_segments
 from emkum.shards.store import RangeReader, Store, open_store
 from emkum.shards.writer import ABSENT, read_root
@@ -499,18 +499,6 @@ def _renew_after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_after_fork)
-
-
-def field_record_paths(store: Store, folder: str = f"{RECORDS}/fields") -> list[str]:
-    """Paths of all field records, sorted. Unfinished writes are passed over."""
-    found = []
-    for name, size in sorted(store.list(folder).items()):
-        path = f"{folder}/{name}"
-        if size is None:
-            found += field_record_paths(store, path)
-        elif name.endswith(".json") and not name.startswith("."):
-            found.append(path)
-    return found
 
 
 def read_statistic(store: Store, record: dict[str, Any], name: str) -> np.ndarray:

@@ -16,6 +16,7 @@ import google_crc32c
 import numpy as np
 
 from emkum.errors import ClaimLost, CorruptCache, FingerprintMismatch, IdentityMismatch, NewerFormat, NotACache
+from emkum.shards.claims import Claims, block_of
 from emkum.shards.codec import Encoded, Summary
 from emkum.shards.fingerprint import Fingerprint, require_same
 from emkum.shards.layout import (
@@ -40,6 +41,7 @@ from emkum.shards.ledger import (
     CommittedObject,
     Quarantined,
     Receipt,
+    field_record_paths,
     read_field_record,
     read_receipts,
     receipt_bytes,
@@ -214,8 +216,7 @@ class CacheWriter:
         folder = ""
         for part in field.name.split("/")[:-1]:
             folder += f"{part}/"
-            if not exists(self.store, f"{folder}zarr.json"):
-                self.store.write(f"{folder}zarr.json", pretty_json(group_metadata()))
+            self._write_if_other(f"{folder}zarr.json", pretty_json(group_metadata()))
         attributes = {"emkum": {"field": field.name, "fingerprint_digest": record["fingerprint_digest"]}}
         self._write_if_other(f"{field.name}/zarr.json", pretty_json(group_metadata(attributes)))
         for array in field.arrays:
@@ -234,6 +235,27 @@ class CacheWriter:
                     f"`emkum cache repair {self.store.url}` drops it; the same extract command redoes its block",
                 )
         return found
+
+    def clear_unfinished(self, claims: Claims) -> None:
+        """Removes what dead processes left of blocks, and their claims. The caller alone is planning."""
+        for key in claims.dead_keys():
+            claim = claims.take(key)
+            if claim is not None:
+                self.clear_block(key)
+                claim.release()
+
+    def clear_block(self, key: str) -> None:
+        """Removes the objects of a block that have no receipt, of every field. The caller holds the claim on `key`."""
+        space, block, view = block_of(key)
+        for path in field_record_paths(self.store):
+            try:
+                field = field_from_record(read_field_record(self.store, path))
+            except CorruptCache:  # another field's, or ours: whoever opens it, and `verify`, speak of it
+                continue
+            if field.space == space and not self.is_committed(field.name, block, view):
+                for array in field.arrays:
+                    if array.per_row:
+                        self.store.remove(object_path(field, array, block, view))
 
     def is_committed(self, field: str, block: int, view: int) -> bool:
         return exists(self.store, receipt_path(field, block, view))

@@ -47,6 +47,8 @@ class ClaimedBlocks:
             claim = self._claims.take(self._key(task))
             if claim is None:
                 continue
+            if claim.generation > 1:
+                self._plan.writer.clear_block(claim.key)
             lacking = tuple(n for n in task.fields if not self._plan.writer.is_committed(n, task.block, task.view))
             if not lacking:
                 claim.release()

@@ -103,6 +103,7 @@ def planned(found: Survey, claims: Claims, say: Say, bill: bool = True) -> Plan:
     """The plan of a run, said, with its fields declared. The caller alone is planning (Claims.planning)."""
     beside = claims.writers()  # whoever began has checked, and may have committed more since
     plan = make_plan(found) if beside else make_plan(found, lambda held: check_committed(held, say))
+    plan.writer.clear_unfinished(claims)
     say(_contents_line(plan))
     if not plan.tasks:
         say(f"nothing to do: {plan.store.url} holds every block of {', '.join(plan.fields)}")

@@ -132,11 +132,16 @@ class Writing:
         return self._open
 
     def _commit(self, task: Task) -> None:
-        self._blocks.claim_of(task).touched = True
+        claim = self._blocks.claim_of(task)
+        claim.touched = True
         try:
-            for writer in self._open.values():
-                receipt = writer.commit()
-                self.num_bytes += sum(o.bytes for o in receipt.objects)
+            try:
+                for writer in self._open.values():
+                    receipt = writer.commit()
+                    self.num_bytes += sum(o.bytes for o in receipt.objects)
+            except StorageFailure:
+                claim.check()  # whoever took over may have swept what was being written here
+                raise
             self.num_blocks += 1
             self.num_rows += task.rows
         except ClaimLost as error:
