@@ -135,7 +135,7 @@ def extract(
     batch_size: Annotated[int, typer.Option(help="Pictures in one forward pass.")] = 32,
     threads: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Threads that decode pictures. Default: one a core."),
+        typer.Option(help="Threads that decode pictures. Default: one a core, 2 to 16."),
     ] = None,
     rows_per_block: Annotated[
         Optional[int],  # noqa: UP045
@@ -644,7 +644,8 @@ def _spread(arguments: list[str]) -> list[str]:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second signal ends at once; nothing committed is at risk
+    for either in (signal.SIGINT, signal.SIGTERM):  # a second signal ends at once; nothing committed is at risk
+        signal.signal(either, signal.SIG_DFL)
     raise Interrupted(
         f"stopped by {signal.Signals(number).name}; what was committed is kept", "the same command continues"
     )
@@ -654,7 +655,7 @@ def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code; every failure ends in one line on stderr."""
     try:
         app(args=_spread(arguments), standalone_mode=False)
-    except EmkumError as error:
+    except (EmkumError, Interrupted) as error:
         return _fail(error.line(), error.exit_code)
     except KeyboardInterrupt:
         return _fail("Interrupted: what was committed is kept | the same command continues", Interrupted.exit_code)
@@ -681,7 +682,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _fail(line: str, code: int) -> int:
-    print(f"emkum: {line}", file=sys.stderr)
+    print("emkum: " + "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
     return code
 
 

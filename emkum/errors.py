@@ -164,7 +164,19 @@ class StorageFailure(EmkumError):
     exit_code = 7
 
 
-class Interrupted(EmkumError):
-    """SIGINT or SIGTERM. What was committed stays; the same command continues."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM. What was committed stays; the same command continues.
+
+    No Exception: whoever retries, or turns a failure into another, must let it pass.
+    """
 
     exit_code = 75
+
+    def __init__(self, what: str, way_out: str = "the same command continues") -> None:
+        super().__init__(what)
+        self.what = what
+        self.way_out = way_out
+
+    def line(self) -> str:
+        """As EmkumError.line."""
+        return f"{type(self).__name__}: {self.what} | {self.way_out}"

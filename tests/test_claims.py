@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pytest
 
 from emkum import errors
 from emkum.shards import claims as claims_module
+from emkum.shards import durable
 from emkum.shards.claims import CLAIMS, Claims
 from emkum.shards.codec import encode
 from emkum.shards.fingerprint import Fingerprint
@@ -53,7 +56,8 @@ def committed(path: Path) -> dict[str, bytes]:
 
 def holder_elsewhere(store: LocalStore, name: str, seconds_ago: float = 0.0, **changes: object) -> Path:
     """The claim of a process on another machine, as it left it so many seconds ago."""
-    record = {"token": "f" * 32, "host": "elsewhere", "pid": 7, "started": 1, "place": "b", "abandoned": False}
+    record = {"token": "f" * 32, "host": "elsewhere", "pid": 7, "started": 1, "place": "b", "folder": ""}
+    record["abandoned"] = False
     path = Path(store.where(f"{CLAIMS}/{name}.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record | changes))
@@ -148,9 +152,134 @@ def test_the_storages_clock_decides_not_ours(tmp_path: Path, monkeypatch: pytest
     with Claims(store) as claims:
         path = Path(store.where(f"{CLAIMS}/image-000000-0.1.json"))
         path.parent.mkdir(parents=True)
-        record = {"token": "f" * 32, "host": "elsewhere", "pid": 7, "started": 1, "place": "b", "abandoned": False}
-        path.write_text(json.dumps(record))
+        record = {"token": "f" * 32, "host": "elsewhere", "pid": 7, "started": 1, "place": "b", "folder": ""}
+        path.write_text(json.dumps(record | {"abandoned": False}))
         assert claims.take("image-000000-0") is None
+
+
+def test_a_copy_of_a_cache_is_not_held_by_who_writes_the_original(tmp_path: Path) -> None:
+    a_cache(tmp_path / "cache")
+    with Claims(LocalStore(tmp_path / "cache")) as claims:
+        with claims.planning(join=False):
+            pass
+        assert claims.take("image-000000-0") is not None
+        shutil.copytree(tmp_path / "cache", tmp_path / "copy")
+        with Claims(LocalStore(tmp_path / "copy")) as other, other.planning(join=False):
+            assert other.take("image-000000-0") is not None
+
+
+def test_a_stopped_process_on_this_machine_is_dead_after_a_minute(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    with Claims(store) as claims:
+        me = claims._me
+        alive = {"host": me.host, "pid": me.pid, "place": me.place, "started": me.started}
+        path = holder_elsewhere(store, "image-000000-0.1", seconds_ago=50, **alive)
+        assert claims.take("image-000000-0") is None
+        os.utime(path, (time.time() - 70, time.time() - 70))
+        assert claims.take("image-000000-0") is not None
+
+
+def test_a_process_that_cannot_be_seen_counts_by_its_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(tmp_path)
+    with Claims(store) as claims:
+        path = holder_elsewhere(store, "image-000000-0.1", host=claims._me.host, place=claims._me.place, pid=1)
+        monkeypatch.setattr(claims_module, "_started", lambda pid: None)  # /proc shows other users nothing
+        assert claims.take("image-000000-0") is None
+        os.utime(path, (1.0, 1.0))
+        assert claims.take("image-000000-0") is not None
+
+
+def test_two_heirs_of_one_dead_planner_do_not_both_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slow heir saw the dead one, and creates its claim after the quick heir is done and a third one plans."""
+    store = LocalStore(tmp_path)
+    slow, quick, third = (Claims(LocalStore(tmp_path)) for _ in range(3))
+    holder_elsewhere(store, "plan.1", seconds_ago=120)
+    create = slow.store.create
+
+    def late(path: str, data: bytes) -> bool:
+        claim = quick.take("plan")
+        assert claim is not None
+        claim.release()
+        assert third.take("plan") is not None
+        return create(path, data)
+
+    monkeypatch.setattr(slow.store, "create", late)
+    assert slow.take("plan") is None
+    for one in (slow, quick, third):
+        one.__exit__(None, None, None)
+
+
+def test_a_planner_that_was_taken_over_changes_nothing_more(tmp_path: Path) -> None:
+    with Claims(LocalStore(tmp_path)) as stalled, stalled.planning(join=False) as planning:
+        holder_elsewhere(LocalStore(tmp_path), "plan.1", seconds_ago=120, token=stalled._me.token)
+        heir = Claims(LocalStore(tmp_path))
+        assert heir.take("plan") is not None
+        a_cache(tmp_path)
+        before = committed(tmp_path)
+        with pytest.raises(errors.ClaimLost):
+            CacheWriter(tmp_path, None, planning.check).keep_network("t", {"model.json": b"{}"})
+        with pytest.raises(errors.ClaimLost):
+            CacheWriter(tmp_path, None, planning.check).grow_field(FIELD, 3)
+        assert committed(tmp_path) == before
+        heir.__exit__(None, None, None)
+
+
+def test_a_writer_that_was_taken_for_dead_is_seen_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims_module, "HEARTBEAT_SECONDS", 0.05)
+    with Claims(LocalStore(tmp_path)) as paused, paused.planning(join=False):
+        pass
+    paused = Claims(LocalStore(tmp_path))
+    with paused, Claims(LocalStore(tmp_path)) as other:
+        with paused.planning(join=False):
+            pass
+        assert paused._writer is not None
+        paused.store.remove(paused._writer)
+        deadline = time.monotonic() + 20
+        while not other.writers() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with pytest.raises(errors.AnotherWriter):
+            other.require_alone()
+
+
+def test_without_hard_links_one_of_many_still_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(source: object, target: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(durable.os, "link", no_links)
+    first, second = Claims(LocalStore(tmp_path)), Claims(LocalStore(tmp_path))
+    assert first.take("plan") is not None
+    assert second.take("plan") is None
+    for one in (first, second):
+        one.__exit__(None, None, None)
+
+
+def test_a_first_claim_that_was_swept_while_it_was_written_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newcomer, link = Claims(LocalStore(tmp_path)), os.link
+
+    def swept(source: str, target: str) -> None:
+        monkeypatch.setattr(durable.os, "link", link)
+        with Claims(LocalStore(tmp_path)) as other, other.planning(join=False):
+            pass  # another process plans between the newcomer's write and its link
+        link(source, target)
+
+    monkeypatch.setattr(durable.os, "link", swept)
+    assert newcomer.take("image-000000-0") is not None
+    newcomer.__exit__(None, None, None)
+
+
+def test_a_lost_field_record_is_written_again_only_by_the_settings_that_made_it(tmp_path: Path) -> None:
+    writer = a_cache(tmp_path)
+    commit(writer, 0, 1.0)
+    record = tmp_path / "_emkum/fields" / f"{FIELD.name}.json"
+    whole = record.read_bytes()
+    record.unlink()
+    with pytest.raises(errors.FingerprintMismatch, match="has lost its record"):
+        writer.declare_field(FIELD, Fingerprint("pooled", "float32", (4,), size=96), {})
+    assert not record.exists()
+    writer.declare_field(FIELD, Fingerprint("pooled", "float32", (4,)), {})
+    assert record.read_bytes() == whole
 
 
 def test_a_torn_claim_counts_by_its_age(tmp_path: Path) -> None:
@@ -221,7 +350,7 @@ def test_a_claim_lost_in_the_middle_of_a_commit_leaves_no_receipt_that_lies(tmp_
     assert (field.values(np.arange(16)) == 1.0).all()
 
 
-def test_a_receipt_is_withdrawn_if_its_objects_were_replaced_before_it(tmp_path: Path) -> None:
+def test_a_receipt_whose_objects_were_replaced_is_cleared_by_the_next(tmp_path: Path) -> None:
     """The heir was killed after it had replaced our object: our receipt lists other bytes than lie there."""
     writer = a_cache(tmp_path)
     calls = 0
@@ -237,7 +366,17 @@ def test_a_receipt_is_withdrawn_if_its_objects_were_replaced_before_it(tmp_path:
 
     with pytest.raises(errors.ClaimLost):
         commit(writer, 0, 2.0, check)
+    writer.clear_block("image-000000-0")  # as whoever takes over the heir's claim does
     assert writer.receipts(FIELD.name) == {}
+    assert not (tmp_path / FIELD.name / "values" / "c.0.0.0").exists()
+
+
+def test_a_block_that_holds_together_is_not_cleared(tmp_path: Path) -> None:
+    writer = a_cache(tmp_path)
+    commit(writer, 0, 1.0)
+    before = committed(tmp_path)
+    writer.clear_block("image-000000-0")
+    assert committed(tmp_path) == before
 
 
 def test_a_pause_between_check_and_rename_cannot_leave_a_receipt_that_lies(tmp_path: Path) -> None:

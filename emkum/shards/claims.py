@@ -21,7 +21,7 @@ from types import TracebackType
 
 from emkum.errors import AnotherWriter, ClaimLost, StorageFailure
 from emkum.shards.layout import RECORDS, Space
-from emkum.shards.store import Store
+from emkum.shards.store import Store, read_small
 from emkum.shards.strict_json import loads
 
 CLAIMS = f"{RECORDS}/claims"
@@ -39,6 +39,7 @@ class Holder:
     pid: int
     started: int  # of the process, in ticks after boot: numbers are used again
     place: str
+    folder: str  # the cache's device and inode: a copy of a cache takes claims along that nobody holds there
     abandoned: bool = False
 
     def __str__(self) -> str:
@@ -73,18 +74,22 @@ class Claims:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._me = Holder(store.token, socket.gethostname(), os.getpid(), _started(os.getpid()), _place())
+        pid = os.getpid()
+        self._me = Holder(store.token, socket.gethostname(), pid, _started(pid) or 0, _place(), "")
         self._held: dict[str, Claim] = {}
         self._writer: str | None = None
         self._lock = threading.Lock()
+        self._beating = threading.Lock()  # while heartbeats go out
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._own_clock = store.local is not None and not _is_network(store.local)
         self._offset, self._offset_until = 0.0, 0.0  # of the storage's clock from ours
 
     @contextlib.contextmanager
-    def planning(self, join: bool, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    def planning(self, join: bool, say: Callable[[str], None] = lambda line: None) -> Iterator[Claim]:
         """The time in which one process alone opens or grows the cache; from then on it counts as a writer.
+
+        Yields the claim on planning, whose `check` belongs before everything that is written meanwhile.
 
         join: work beside other writers, and wait for one that is planning. Else AnotherWriter is raised if there is
         one, naming host, process and last heartbeat. Unfinished writes of dead processes are removed.
@@ -111,7 +116,7 @@ class Claims:
                     self._writer = path
             living = {holder.token for holder, _ in self.writers(drop_dead=True)} | {self._me.token}
             self.store.sweep(living)
-            yield
+            yield claim
         finally:
             claim.release()
 
@@ -125,10 +130,10 @@ class Claims:
             )
 
     def writers(self, drop_dead: bool = False) -> list[tuple[Holder, float]]:
-        """The other living writers and planners, with the seconds since their last heartbeat."""
+        """The other living processes that write or plan, with the seconds since their last heartbeat."""
         found = {}
         for name in self.store.list(CLAIMS):
-            if re.fullmatch(r"(writer-[0-9a-f]+|plan\.[0-9]+)\.json", name):
+            if re.fullmatch(r"writer-[0-9a-f]+\.json|(plan|(image|text)-[0-9]+-[0-9]+)\.[0-9]+\.json", name):
                 path = f"{CLAIMS}/{name}"
                 holder, seconds = self._holder(path)
                 if holder is None or holder.token == self._me.token:
@@ -157,16 +162,21 @@ class Claims:
 
     def take(self, key: str) -> Claim | None:
         """The claim on `key`, or None while another living process has it."""
-        generation = 0
+        generation, dead = 0, None
         last = self._generations(key)
         if last:
-            holder, seconds = self._holder(self._path(key, last[-1]))
-            if holder is None or self._is_alive(holder, seconds):
+            dead, seconds = self._holder(self._path(key, last[-1]))
+            if dead is None or self._is_alive(dead, seconds):
                 return None
             generation = last[-1]
         path = self._path(key, generation + 1)
         if not self.store.create(path, self._record()):
             return None
+        if dead is not None:  # another heir may have been faster, and done with it, and the numbers begun again
+            found, _ = self._holder(self._path(key, generation))
+            if found is None or found.token != dead.token:
+                self.store.remove(path)
+                return None
         claim = Claim(self, key, path, generation + 1)
         with self._lock:
             self._held[path] = claim
@@ -176,30 +186,34 @@ class Claims:
     # --- what a claim asks for ---------------------------------------------------------------------------
 
     def _check(self, claim: Claim) -> None:
-        holder, _ = self._holder(claim.path)
         last = self._generations(claim.key)
-        if holder is None or holder.token != self._me.token or self._path(claim.key, last[-1]) != claim.path:
-            other, _ = self._holder(self._path(claim.key, last[-1])) if last else (None, 0.0)
+        holder = self._read(self._path(claim.key, last[-1])) if last else None
+        if holder is None or holder.token != self._me.token or last[-1] != claim.generation:
             raise ClaimLost(
-                f"{self.store.url}: {claim.key} was taken over by {other or 'another process'} while this process "
+                f"{self.store.url}: {claim.key} was taken over by {holder or 'another process'} while this process "
                 f"({self._me.pid} on {self._me.host}) gave no heartbeat",
                 "nothing to do: the other process commits it; a paused machine or a blocked disk is the usual cause",
             )
 
     def _release(self, claim: Claim) -> None:
-        with self._lock:
-            self._held.pop(claim.path, None)
+        self._drop(claim)
         with contextlib.suppress(ClaimLost, StorageFailure):
             self._check(claim)
             for generation in self._generations(claim.key):  # ascending: ours is the last
                 self.store.remove(self._path(claim.key, generation))
 
     def _abandon(self, claim: Claim) -> None:
-        with self._lock:
-            self._held.pop(claim.path, None)
+        self._drop(claim)
         with contextlib.suppress(ClaimLost, StorageFailure):
             self._check(claim)
             self.store.write(claim.path, self._record(abandoned=True))
+
+    def _drop(self, claim: Claim) -> None:
+        """No heartbeat for it from now on: one that is on its way could bring a removed claim back."""
+        with self._lock:
+            self._held.pop(claim.path, None)
+        if self._beating.acquire(timeout=HEARTBEAT_SECONDS):
+            self._beating.release()
 
     # --- records -----------------------------------------------------------------------------------------
 
@@ -213,37 +227,47 @@ class Claims:
     def _record(self, abandoned: bool = False) -> bytes:
         me = self._me
         record = {"token": me.token, "host": me.host, "pid": me.pid, "started": me.started, "place": me.place}
-        return (json.dumps(record | {"abandoned": abandoned}, sort_keys=True) + "\n").encode()
+        record |= {"folder": _folder(self.store), "abandoned": abandoned}
+        return (json.dumps(record, sort_keys=True) + "\n").encode()
 
     def _holder(self, path: str) -> tuple[Holder | None, float]:
         """The holder that a claim names and the seconds since its heartbeat; None if the claim is gone."""
         try:
             modified = self.store.modified(path)
-            record = loads(self.store.read(path))
         except FileNotFoundError:
             return None, 0.0
-        except ValueError:
-            return Holder("", "an unknown machine", 0, 0, ""), self._now() - modified
+        holder = self._read(path)
+        if holder is None or holder.token == self._me.token or holder.abandoned:
+            return holder, 0.0
+        return holder, self._now() - modified
+
+    def _read(self, path: str) -> Holder | None:
+        """The holder that a claim names; None if the claim is gone."""
         try:
-            holder = Holder(
+            record = loads(read_small(self.store, path))
+            return Holder(
                 str(record["token"]),
                 str(record["host"]),
                 int(record["pid"]),
                 int(record["started"]),
                 str(record["place"]),
+                str(record["folder"]),
                 bool(record["abandoned"]),
             )
+        except FileNotFoundError:
+            return None
         except (KeyError, TypeError, ValueError):
-            holder = Holder("", "an unknown machine", 0, 0, "")
-        if holder.token == self._me.token or holder.abandoned:
-            return holder, 0.0
-        return holder, self._now() - modified
+            return Holder("", "an unknown machine", 0, 0, "", "")
 
     def _is_alive(self, holder: Holder, seconds: float) -> bool:
         if holder.abandoned:
             return False
         if holder.place and holder.place == self._me.place:
-            return _started(holder.pid) == holder.started != 0
+            started = _started(holder.pid)
+            if started is not None and started != holder.started:
+                return False
+            if "" != holder.folder != _folder(self.store):
+                return False
         return seconds < STALE_SECONDS
 
     def _now(self) -> float:
@@ -252,9 +276,9 @@ class Claims:
             return time.time()
         if time.monotonic() > self._offset_until:
             path = f"{CLAIMS}/clock-{self._me.token}.json"
-            self.store.write(path, b"{}\n")
-            self._offset = self.store.modified(path) - time.monotonic()
-            self._offset_until = time.monotonic() + STALE_SECONDS / 2
+            if self.store.create(path, b"{}\n"):
+                self._offset = self.store.modified(path) - time.monotonic()
+                self._offset_until = time.monotonic() + STALE_SECONDS / 2
             self.store.remove(path)
         return time.monotonic() + self._offset
 
@@ -267,11 +291,18 @@ class Claims:
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            with self._lock:
-                paths = [*self._held, *([self._writer] if self._writer else [])]
-            for path in paths:
-                with contextlib.suppress(OSError, StorageFailure):
-                    self.store.touch(path)
+            with self._beating:
+                for path in [*self._held, *([self._writer] if self._writer else [])]:
+                    if path != self._writer and path not in self._held:
+                        continue  # released meanwhile
+                    try:
+                        self.store.touch(path)
+                    except FileNotFoundError:
+                        if path == self._writer:  # it was taken for dead; now it is seen again
+                            with contextlib.suppress(StorageFailure):
+                                self.store.create(path, self._record())
+                    except (OSError, StorageFailure):
+                        continue
 
     def __enter__(self) -> Claims:
         return self
@@ -288,7 +319,8 @@ class Claims:
         if self._thread is not None:
             self._thread.join()
         if self._writer is not None:
-            self.store.remove(self._writer)
+            with contextlib.suppress(StorageFailure):
+                self.store.remove(self._writer)
 
 
 _BLOCK_CLAIM = re.compile(r"((?:image|text)-[0-9]{6,}-[0-9]+)\.[0-9]{1,9}\.json")
@@ -313,13 +345,30 @@ def _place() -> str:
         return ""
 
 
-def _started(pid: int) -> int:
-    """When a living process of this machine started, in ticks after boot; 0 if there is none of this number."""
+def _folder(store: Store) -> str:
+    if store.local is None:
+        return ""
+    try:
+        status = os.stat(store.local)
+        return f"{status.st_dev}:{status.st_ino}"
+    except OSError:
+        return ""  # it is about to be made
+
+
+def _started(pid: int) -> int | None:
+    """When a living process of this machine started, in ticks after boot; 0 if there is none, None if we cannot see."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return 0 if fields[0] in ("Z", "X") else int(fields[19])
     except (OSError, IndexError, ValueError):
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return 0
+    except (OSError, OverflowError):
+        pass
+    return None
 
 
 def _is_network(folder: Path) -> bool:

@@ -81,6 +81,7 @@ class DurableFile:
     def __init__(self, path: Path, token: str = "0") -> None:
         self.path = path
         self.num_bytes = 0
+        self.swept = False  # the temporary file was taken for one of a dead process
         self._digest = hashlib.sha256()
         self._temporary = temporary_path(path, token)
         with storage_errors(path):
@@ -112,10 +113,17 @@ class DurableFile:
                 os.link(self._temporary, self.path)
             except FileExistsError:
                 return False
+            except FileNotFoundError:
+                self.swept = not self._temporary.exists()
+                if not self.swept:
+                    raise
+                return False
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
-                if self.path.exists():  # a file system without hard links: the claim on the block must do
+                try:  # a file system without hard links: the name is taken first, then filled
+                    os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+                except FileExistsError:
                     return False
                 os.replace(self._temporary, self.path)
             sync_dir(self.path.parent)
@@ -158,11 +166,15 @@ def create_file(path: Path, data: bytes, token: str = "0") -> bool:
     """Writes a durable file unless one is there. Returns whether the file there is now ours.
 
     A network file system may carry the link out and lose the reply: what is there is read back and compared.
+    A process that writes its first claim is unknown to others, which may sweep what it has not yet named.
     """
-    with DurableFile(path, token) as file:
-        file.write(data)
-        if file.commit_new():
-            return True
+    for _ in range(3):
+        with DurableFile(path, token) as file:
+            file.write(data)
+            if file.commit_new():
+                return True
+        if not file.swept:
+            break
     with storage_errors(path):
         try:
             return path.read_bytes() == data

@@ -18,6 +18,7 @@ DEFAULT_ROWS_PER_BLOCK = 1024
 MAX_ROWS = 1 << 40  # of a row space; more is a damaged record
 MAX_ROWS_PER_BLOCK = 1 << 16
 MAX_ROW_BYTES = 1 << 31
+MAX_VIEWS = 10_000
 TEXT_TILE = 16  # text positions in one inner chunk of a ragged field
 RECORDS = "_emkum"
 

@@ -12,6 +12,7 @@ from typing import Any
 from emkum.errors import CorruptCache
 from emkum.shards.fingerprint import digest_of
 from emkum.shards.layout import (
+    MAX_VIEWS,
     RECORDS,
     canonical_json,
     field_from_record,
@@ -19,7 +20,7 @@ from emkum.shards.layout import (
     pretty_json,
     receipt_path,
 )
-from emkum.shards.store import Store
+from emkum.shards.store import Store, read_small
 from emkum.shards.strict_json import loads
 
 REQUESTS_AT_A_TIME = 16
@@ -72,7 +73,7 @@ def receipt_bytes(receipt: Receipt) -> bytes:
 def receipt_names(store: Store, field: str) -> list[str]:
     """Paths of all receipts of a field."""
     folder = f"{RECORDS}/receipts/{field}"
-    names = store.list(folder)
+    names = store.names(folder)
     return [f"{folder}/{name}" for name in sorted(names) if re.fullmatch(r"[0-9]{6,}-[0-9]+\.json", name)]
 
 
@@ -127,7 +128,7 @@ def _to_json(receipt: Receipt) -> dict[str, Any]:
 def read_receipt(store: Store, path: str) -> Receipt:
     """One receipt. Raises CorruptCache for one that does not hold together, or that bears another's name."""
     try:
-        record = without_digest(loads(store.read(path)))
+        record = without_digest(loads(read_small(store, path)))
         receipt = Receipt(
             record["field"],
             record["block"],
@@ -159,7 +160,7 @@ def _check_numbers(receipt: Receipt) -> None:
     numbers = [receipt.block, receipt.view, receipt.segment, receipt.first_row, receipt.rows]
     numbers += [o.bytes for o in receipt.objects] + [q.row for q in receipt.quarantined]
     numbers += [number for o in receipt.objects for mark in o.marks for number in mark]
-    if any(type(number) is not int or not 0 <= number < 2**62 for number in numbers):
+    if any(type(number) is not int or not 0 <= number < 2**62 for number in numbers) or receipt.view >= MAX_VIEWS:
         raise ValueError("it holds numbers that cannot be")
 
 
@@ -178,7 +179,7 @@ def field_record_paths(store: Store, folder: str = f"{RECORDS}/fields") -> list[
 def read_field_record(store: Store, path: str) -> dict[str, Any]:
     """A field's record. Raises CorruptCache for one that does not hold together."""
     try:
-        record = without_digest(loads(store.read(path)))
+        record = without_digest(loads(read_small(store, path)))
         if digest_of(record["fingerprint"]) != record["fingerprint_digest"]:
             raise ValueError("its fingerprint has another digest than it states")
         field = field_from_record(record)

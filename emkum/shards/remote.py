@@ -114,6 +114,9 @@ class RemoteStore:
         except FileNotFoundError:
             return {}
 
+    def names(self, folder: str) -> Sequence[str]:
+        return list(self.list(folder))
+
     def modified(self, path: str) -> float:
         def moment(filesystem: Any) -> float:
             when: datetime = filesystem.modified(self._place(path))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from emkum.errors import AnotherWriter, CorruptCache, IdentityMismatch, SourceChanged, UsageError
 from emkum.shards.layout import MAX_ROWS, RECORDS, Space, canonical_json, pretty_json, segment_dir
-from emkum.shards.store import Store
+from emkum.shards.store import Store, read_small
 from emkum.shards.strict_json import loads
 from emkum.shards.strict_parquet import MAX_ROWS_PER_BYTE, batches, open_table
 from emkum.shards.tars import SourceTar
@@ -293,7 +293,7 @@ def read_segment(store: Store, number: int) -> Segment:
     """One segment's record. Raises CorruptCache for one that does not hold together."""
     path = f"{segment_dir(number)}/{SEGMENT_JSON}"
     try:
-        record = loads(store.read(path))
+        record = loads(read_small(store, path))
         content = {key: value for key, value in record.items() if key != "record_digest"}
         actual = hashlib.sha256(canonical_json(content)).hexdigest()
         if record.get("record_digest", actual) != actual:  # caches of emkum 0.1 have none

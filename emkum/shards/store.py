@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Protocol
 from emkum.errors import StorageFailure
 from emkum.shards import durable
 from emkum.shards.durable import DurableFile, create_file, create_folder, write_file
+
+SMALL_BYTES = 64 << 20  # of a record; more is none of ours
 
 
 class ObjectWriter(Protocol):
@@ -69,6 +72,9 @@ class Store(Protocol):
 
     def list(self, folder: str) -> dict[str, int | None]:
         """What lies directly in the folder: name -> bytes, None for a folder. Empty if there is no such folder."""
+
+    def names(self, folder: str) -> Sequence[str]:
+        """As `list`, without the bytes: cheaper in large folders."""
 
     def modified(self, path: str) -> float:
         """Seconds, on the storage's own clock."""
@@ -126,7 +132,9 @@ class LocalStore:
 
     def read(self, path: str) -> bytes:
         with self._reading(path):
-            return (self._folder / path).read_bytes()
+            reader = _LocalReader(self._folder / path)
+            data = bytearray(reader.size)
+            return bytes(data[: reader.read_into([memoryview(data)], 0)])
 
     def open(self, path: str) -> RangeReader:
         with self._reading(path):
@@ -146,6 +154,13 @@ class LocalStore:
         except FileNotFoundError:
             return {}
         return found
+
+    def names(self, folder: str) -> Sequence[str]:
+        try:
+            with self._reading(folder):
+                return os.listdir(self._folder / folder)
+        except FileNotFoundError:
+            return []
 
     def modified(self, path: str) -> float:
         with self._reading(path):
@@ -200,16 +215,47 @@ class _LocalReader:
 
     def __init__(self, path: Path) -> None:
         self._handle: int | None = None
-        self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        self.size = os.fstat(self._handle).st_size
+        self._path = path
+        self._handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+        status = os.fstat(self._handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise StorageFailure(f"{path} is not a file", "nothing of emkum's: remove it, or restore what was there")
+        self.size = status.st_size
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         assert self._handle is not None
-        return os.preadv(self._handle, buffers, offset)
+        try:
+            count = total = os.preadv(self._handle, buffers, offset)
+            wanted = sum(map(len, buffers))
+            while count and total < wanted:  # one call reads 2 GiB at most
+                count = os.preadv(self._handle, _past(buffers, total), offset + total)
+                total += count
+        except OSError as error:
+            raise StorageFailure(
+                f"{self._path} cannot be read at byte {offset:,}: {error.strerror}", "check the disk"
+            ) from error
+        return total
 
     def __del__(self) -> None:
         if self._handle is not None:
             os.close(self._handle)
+
+
+def _past(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What of the buffers lies behind their first `count` bytes."""
+    rest = []
+    for buffer in buffers:
+        rest.append(buffer[min(count, len(buffer)) :])
+        count = max(0, count - len(buffer))
+    return rest
+
+
+def read_small(store: Store, path: str) -> bytes:
+    """A record. Raises ValueError for something too large to be one, FileNotFoundError."""
+    size = store.size(path)
+    if size > SMALL_BYTES:
+        raise ValueError(f"it has {size:,} bytes")
+    return store.read(path)
 
 
 def exists(store: Store, path: str) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
 import struct
 import uuid as uuid_module
@@ -15,7 +13,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from emkum.errors import ClaimLost, CorruptCache, FingerprintMismatch, IdentityMismatch, NewerFormat, NotACache
+from emkum.errors import CorruptCache, FingerprintMismatch, IdentityMismatch, NewerFormat, NotACache
 from emkum.shards.claims import Claims, block_of
 from emkum.shards.codec import Encoded, Summary
 from emkum.shards.fingerprint import Fingerprint, require_same
@@ -43,6 +41,7 @@ from emkum.shards.ledger import (
     Receipt,
     field_record_paths,
     read_field_record,
+    read_receipt,
     read_receipts,
     receipt_bytes,
     with_digest,
@@ -124,8 +123,11 @@ class CacheWriter:
     commits. Raises NotACache, NewerFormat, CorruptCache; IdentityMismatch if the cache has other blocks.
     """
 
-    def __init__(self, place: Store | Path | str, rows_per_block: int | None = None) -> None:
+    def __init__(
+        self, place: Store | Path | str, rows_per_block: int | None = None, check: Callable[[], None] = lambda: None
+    ) -> None:
         self.store = open_store(place)
+        self._check = check  # called before every change; raises ClaimLost if another process is planning by now
         self.path = self.store.local or self.store.url
         if not require_cache_or_empty(self.store):
             self._create(rows_per_block)
@@ -142,12 +144,18 @@ class CacheWriter:
 
     def _create(self, rows_per_block: int | None) -> None:
         rows = rows_per_block or DEFAULT_ROWS_PER_BLOCK
-        self.store.write("zarr.json", pretty_json(root_metadata(uuid_module.uuid4().hex, rows)))
+        data = pretty_json(root_metadata(uuid_module.uuid4().hex, rows))
+        self._check()
+        if exists(self.store, "zarr.json"):
+            self.store.write("zarr.json", data)
+        else:
+            self.store.create("zarr.json", data)
 
     def keep_network(self, name: str, files: Mapping[str, bytes]) -> None:
         """Keeps a frozen network's files, unless one of this name is kept; files.json says what they must be."""
         listed = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in files.items()}
         record = {NETWORK_FILES: pretty_json(with_digest({"files": listed}))}
+        self._check()
         folder, whole = model_dir(name), record | dict(files)  # model.json, by which it is known, last
         if not self.store.create_folder(folder, whole) and not exists(self.store, f"{folder}/model.json"):
             for remainder in self.store.list(folder):  # of a repair that was killed
@@ -156,6 +164,7 @@ class CacheWriter:
 
     def append_segment(self, split: str, views: ViewPolicy, tars: Sequence[SourceTar]) -> Segment:
         """Adds the samples of `tars`; rows exist from now on, their blocks are committed one by one."""
+        self._check()
         segment = append_segment(self.store, self.segments, split, views, tars, self.rows_per_block)
         self.segments.append(segment)
         return segment
@@ -187,6 +196,8 @@ class CacheWriter:
                     "write to another folder with --cache",
                 )
             return
+        self._require_no_others_blocks(field, fingerprint)
+        self._check()
         static = {}
         if field.storage == "int8":
             assert statistics is not None
@@ -194,7 +205,8 @@ class CacheWriter:
                 array = field.array(name)
                 assert values.shape == array.row_shape, (field.name, name, values.shape)
                 self._write_array_metadata(field, array, 0, 0)
-                static[name] = dataclasses.asdict(self._write_chunk(field, array, values, 0, 0))
+                listed = self._write_chunk(field, array, values, 0, 0, self._check)
+                static[name] = {"path": listed.path, "bytes": listed.bytes, "sha256": listed.sha256}
         record = {
             "field": field.name,
             "kind": field.kind,
@@ -205,7 +217,19 @@ class CacheWriter:
             "statistics": static,
             "environment": environment,
         }
+        self._check()
         self.store.write(field_record_path(field.name), pretty_json(with_digest(record)))
+
+    def _require_no_others_blocks(self, field: FieldSpec, fingerprint: Fingerprint) -> None:
+        """Blocks of a field whose record was lost may only be taken over by the settings that made them."""
+        for receipt in read_receipts(self.store, field.name).values():
+            if receipt.fingerprint_digest != fingerprint.digest:
+                raise FingerprintMismatch(
+                    f"{self.store.url} field {field.name} has lost its record, and its blocks were made with "
+                    f"fingerprint {receipt.fingerprint_digest[:12]}...; this run has {fingerprint.digest[:12]}...",
+                    "repeat the command that made the field, restore its record from a copy of the cache, or write to "
+                    "another folder with --cache",
+                )
 
     def grow_field(self, field: FieldSpec, num_views: int) -> None:
         """Writes or widens the Zarr metadata of a declared field so that it covers all segments."""
@@ -245,17 +269,28 @@ class CacheWriter:
                 claim.release()
 
     def clear_block(self, key: str) -> None:
-        """Removes the objects of a block that have no receipt, of every field. The caller holds the claim on `key`."""
+        """Removes what a dead process left of a block in any field: objects without a receipt, and a receipt that lists
+        other bytes than lie there. The caller holds the claim on `key`.
+        """
         space, block, view = block_of(key)
         for path in field_record_paths(self.store):
             try:
                 field = field_from_record(read_field_record(self.store, path))
             except CorruptCache:  # another field's, or ours: whoever opens it, and `verify`, speak of it
                 continue
-            if field.space == space and not self.is_committed(field.name, block, view):
+            if field.space == space and not self._holds_together(field.name, block, view):
+                self.store.remove(receipt_path(field.name, block, view))
                 for array in field.arrays:
                     if array.per_row:
                         self.store.remove(object_path(field, array, block, view))
+
+    def _holds_together(self, field: str, block: int, view: int) -> bool:
+        """Whether a block has a receipt, and its objects are those it lists."""
+        try:
+            receipt = read_receipt(self.store, receipt_path(field, block, view))
+            return all(sha256_of(self.store, o.path) == (o.bytes, o.sha256) for o in receipt.objects)
+        except (FileNotFoundError, CorruptCache):
+            return False
 
     def is_committed(self, field: str, block: int, view: int) -> bool:
         return exists(self.store, receipt_path(field, block, view))
@@ -292,6 +327,7 @@ class CacheWriter:
         except FileNotFoundError:
             same = False
         if not same:
+            self._check()
             self.store.write(path, data)
 
     def _write_chunk(
@@ -422,25 +458,12 @@ class BlockWriter:
         if not write_receipt(self._cache.store, receipt):
             self._check()  # whoever wrote the other receipt had lost the claim: the objects that lie there are ours
             self._cache.store.write(self._receipt_path, receipt_bytes(receipt))
-        try:
-            self._check()
-        except ClaimLost:
-            self._withdraw_if_overwritten(receipt)
-            raise
+        self._check()  # lost by now: whoever took over, or clears up after it, compares receipt and objects
         return receipt
 
     @property
     def _receipt_path(self) -> str:
         return receipt_path(self._field.name, self._block, self._view)
-
-    def _withdraw_if_overwritten(self, receipt: Receipt) -> None:
-        """The claim was lost while the receipt was written: it may stay only if the objects are those it lists."""
-        store = self._cache.store
-        with contextlib.suppress(FileNotFoundError):
-            if all(sha256_of(store, listed.path) == (listed.bytes, listed.sha256) for listed in receipt.objects):
-                return
-            if store.read(self._receipt_path) == receipt_bytes(receipt):
-                store.remove(self._receipt_path)
 
     def _append_chunks(self, row: int, values: np.ndarray, length: int | None) -> None:
         assert self._shard is not None

@@ -263,14 +263,20 @@ class Committed:
     paths: dict[str, str]  # tar name -> where it lies, of the tars that are at hand as they were
 
 
-def make_plan(found: Survey, check: Callable[[Committed], None] = lambda held: None) -> Plan:
+def make_plan(
+    found: Survey,
+    check: Callable[[Committed], None] = lambda held: None,
+    still_alone: Callable[[], None] = lambda: None,
+) -> Plan:
     """Opens or creates the cache, and lists the missing blocks. The caller alone is planning (claims.Claims).
+
+    still_alone: called before every change, by the plan's writer too; raises ClaimLost if it is so no more.
 
     Written are the cache's root, the frozen networks and a segment of new tars. Raises before anything is written
     where the cache was made otherwise; `check` does so too, and is called if the run adds to fields that hold rows.
     """
     config, memory, tars, networks = found.config, found.memory, found.tars, found.networks
-    writer = CacheWriter(found.store, config.rows_per_block)
+    writer = CacheWriter(found.store, config.rows_per_block, still_alone)
     memory.know(writer.segments)
     config = _with_views_of_the_split(config, writer.segments)
     fresh = new_sources(writer.segments, config.split, tars)
