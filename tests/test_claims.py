@@ -210,16 +210,16 @@ def test_two_heirs_of_one_dead_planner_do_not_both_plan(tmp_path: Path, monkeypa
 
 
 def test_a_planner_that_was_taken_over_changes_nothing_more(tmp_path: Path) -> None:
-    with Claims(LocalStore(tmp_path)) as stalled, stalled.planning(join=False) as planning:
+    with Claims(LocalStore(tmp_path)) as stalled, stalled.planning(join=False):
         holder_elsewhere(LocalStore(tmp_path), "plan.1", seconds_ago=120, token=stalled._me.token)
         heir = Claims(LocalStore(tmp_path))
         assert heir.take("plan") is not None
         a_cache(tmp_path)
         before = committed(tmp_path)
         with pytest.raises(errors.ClaimLost):
-            CacheWriter(tmp_path, None, planning.check).keep_network("t", {"model.json": b"{}"})
+            CacheWriter(tmp_path, None, stalled.check_planning).keep_network("t", {"model.json": b"{}"})
         with pytest.raises(errors.ClaimLost):
-            CacheWriter(tmp_path, None, planning.check).grow_field(FIELD, 3)
+            CacheWriter(tmp_path, None, stalled.check_planning).grow_field(FIELD, 3)
         assert committed(tmp_path) == before
         heir.__exit__(None, None, None)
 

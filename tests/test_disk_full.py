@@ -19,6 +19,7 @@ import pytest
 
 from emkum.errors import StorageFailure
 from emkum.shards import durable
+from emkum.shards.claims import Claims
 from emkum.shards.digest import digest
 from emkum.shards.reader import Cache
 from emkum.shards.store import LocalStore
@@ -97,6 +98,18 @@ def test_too_little_room_is_said_to_the_byte_before_anything_is_extracted(
     extract(replace(config, cache=cache), say=lambda line: None)
     written = sum(o.bytes for f in Cache.open(cache).fields.values() for r in f.receipts.values() for o in r.objects)
     assert written == needed
+
+
+def test_room_that_others_have_begun_to_fill_is_not_asked_for_twice(
+    config: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    with Claims(LocalStore(cache)) as others:
+        with others.planning(join=False):
+            pass
+        monkeypatch.setattr(LocalStore, "free_bytes", lambda self: BLOCKS * BLOCK_BYTES - 1)
+        extract(replace(config, cache=cache, join=True), say=lambda line: None)
+    assert blocks(cache) == BLOCKS
 
 
 # --- in the middle -----------------------------------------------------------------------------------------
@@ -215,8 +228,8 @@ def test_a_small_disk_is_refused_first_and_survived_when_others_fill_it(
     driver = f"""
 import {module} as extraction, os
 real = extraction._declare
-def declare(plan):
-    real(plan)
+def declare(*arguments):
+    real(*arguments)
     status = os.statvfs({str(small_disk)!r})
     with open({str(hog)!r}, "wb") as file:
         file.write(bytes(status.f_bavail * status.f_frsize - (6 << 20)))

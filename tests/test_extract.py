@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -26,11 +28,17 @@ from emkum.models.network import Network, normalise, save_network
 from emkum.models.passes import FrozenPass, Wanted
 from emkum.models.tokenizer import text_ids
 from emkum.shards.audit import describe
+from emkum.shards.claims import Claims
 from emkum.shards.reader import Cache
 from emkum.shards.views import Box, replay_view
+from emkum.stage1_extract import claimed
 from emkum.stage1_extract import extract as extract_module
-from emkum.stage1_extract.extract import extract
-from emkum.stage1_extract.plan import ExtractConfig
+from emkum.stage1_extract.claimed import ClaimedBlocks
+from emkum.stage1_extract.encode import encode_batch
+from emkum.stage1_extract.extract import extract, planned
+from emkum.stage1_extract.plan import ExtractConfig, Task, survey
+from emkum.stage1_extract.quarantine import Quarantine
+from emkum.stage1_extract.telling import Progress, bill
 
 WORDS = [
     "[PAD]",
@@ -422,6 +430,201 @@ def test_a_value_the_storage_cannot_hold_names_field_and_sample(config: ExtractC
         quiet(replace(config, teacher=(str(networks / "broken"),), storage="float16"))
     for field in Cache.open(config.cache).fields.values():
         assert field.space == "text" or len(field.rows("train")) == 0
+
+
+def spoil_white(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """From here on networks give `value` as the first number of every white picture."""
+    pictures = FrozenPass.pictures
+
+    def spoilt(self: FrozenPass, crops: torch.Tensor, wanted: list[Wanted] | None = None) -> list[torch.Tensor]:
+        outputs = [output.clone() for output in pictures(self, crops, wanted)]
+        for row in (crops.flatten(1).min(dim=1).values > 250).nonzero().flatten().tolist():
+            for output in outputs:
+                output[row].view(-1)[0] = value
+        return outputs
+
+    monkeypatch.setattr(FrozenPass, "pictures", spoilt)
+
+
+def add_white_picture(folder: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 20), "white").save(buffer, "JPEG")
+    with tarfile.open(Path(folder) / "white.tar", "w") as tar:
+        info = tarfile.TarInfo("w0.jpg")
+        info.size = len(buffer.getvalue())
+        tar.addfile(info, io.BytesIO(buffer.getvalue()))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e20])
+def test_one_spoilt_sample_does_not_reach_int8_statistics(
+    config: ExtractConfig, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    quiet(replace(config, storage="int8", cache=config.cache.with_name("sound")))
+    sound = Cache.open(config.cache.with_name("sound")).field("teacher/vit/image/cls")
+    add_white_picture(config.data[0])
+    spoil_white(monkeypatch, value)
+    quiet(replace(config, storage="int8", on_nonfinite="quarantine", max_bad=0.1))
+    cache = Cache.open(config.cache)
+    field = cache.field("teacher/vit/image/cls")
+    np.testing.assert_allclose(field.std, sound.std, rtol=0.5)
+    rows = np.arange(40)
+    np.testing.assert_allclose(field.values(rows), sound.values(rows), atol=0.1)
+    assert len(field.rows("train")) == (41 if value == 1e20 else 40)
+
+
+def test_a_sample_that_spoils_int8_statistics_stops_the_run_with_its_name(
+    config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_white_picture(config.data[0])
+    spoil_white(monkeypatch, float("inf"))
+    with pytest.raises(errors.NonFiniteFeature, match=r"vit.*, sample white\.tar/w0: 1 values are inf or NaN"):
+        quiet(replace(config, storage="int8"))
+    assert not (config.cache / "_emkum" / "fields").exists()
+
+
+def test_what_int8_cannot_standardise_is_refused_by_name() -> None:
+    values, statistics = torch.randn(3, 2, 8), (torch.zeros(8), torch.full((8,), 1e-3))
+    values[1, 1, 3] = 3e37
+    rows = encode_batch(values, "f", "int8", ["a", "b", "c"], statistics, on_nonfinite="quarantine")
+    assert rows.refused == {1: "max |x| = 3e+37 cannot be standardised within float32 (int8)"}
+    assert len(rows.encoded.values) == 2
+    with pytest.raises(errors.NonFiniteFeature, match=r"f, sample b: max .x. = 3e.37"):
+        encode_batch(values, "f", "int8", ["a", "b", "c"], statistics)
+
+
+def test_the_error_of_huge_values_is_not_called_none() -> None:
+    values, statistics = torch.randn(3, 8) * 1e20, (torch.zeros(8), torch.ones(8))
+    summary = encode_batch(values, "f", "int8", ["a", "b", "c"], statistics).encoded.summary
+    assert 1e-4 < summary.relative_l2 < 1e-2
+
+
+def test_int8_statistics_come_from_the_train_split_while_it_is_at_hand(config: ExtractConfig, tmp_path: Path) -> None:
+    val = replace(config, split="val", data=(str(make_tar(tmp_path / "val.tar", 20, seed=7)),), storage="int8")
+    quiet(replace(config, targets=("cls",)))
+    other = replace(val, targets=("cls",), teacher=(str(Path(config.teacher[0]).parent / "other"),), encoder="none")
+    lines = quiet(other)
+    assert not [line for line in lines if line.startswith("int8 statistics")]
+    with_train = Cache.open(config.cache).field("teacher/other/image/cls").mean
+    alone = replace(other, cache=tmp_path / "alone", data=(config.data[0],), split="train")
+    quiet(alone)
+    np.testing.assert_array_equal(with_train, Cache.open(alone.cache).field("teacher/other/image/cls").mean)
+    gone = replace(other, cache=tmp_path / "gone")
+    assert "int8 statistics of pictures come from split val: no segment of train is at hand" in quiet(gone)
+    assert not np.array_equal(with_train, Cache.open(gone.cache).field("teacher/other/image/cls").mean)
+
+
+# --- what is left out is counted -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def some_bad_captions(config: ExtractConfig, networks: Path, monkeypatch: pytest.MonkeyPatch) -> ExtractConfig:
+    """The caption `star star` has no numbers: 5 of 25 captions, all of one sample."""
+    texts = FrozenPass.texts
+
+    def spoilt(
+        self: FrozenPass, ids: torch.Tensor, mask: torch.Tensor, wanted: list[Wanted] | None = None
+    ) -> list[torch.Tensor]:
+        outputs = [output.clone() for output in texts(self, ids, mask, wanted)]
+        for row in (ids[:, 1] == WORDS.index("star")).nonzero().flatten().tolist():
+            for output in outputs:
+                output[row] = float("nan")
+        return outputs
+
+    monkeypatch.setattr(FrozenPass, "texts", spoilt)
+    folder = Path(config.data[0]).parent / "captions"
+    folder.mkdir()
+    with tarfile.open(folder / "c.tar", "w") as tar:
+        for i in range(5):
+            data = json.dumps({"captions": ["star star" if i == 2 else "a red circle"] * 5}).encode()
+            info = tarfile.TarInfo(f"s{i}.json")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return replace(
+        config, teacher=(str(networks / "text"),), text_encoder=None, data=(str(folder),), on_nonfinite="quarantine"
+    )
+
+
+def test_bad_captions_are_counted_as_captions_each_of_them(some_bad_captions: ExtractConfig) -> None:
+    lines = quiet(replace(some_bad_captions, max_bad=0.2))
+    assert "seen 25 = 20 ok + 5 quarantined (captions)" in lines
+    assert sum(line.startswith("quarantined c.tar/s2: ") for line in lines) == 3
+    with pytest.raises(errors.TooManyBadSamples, match=r"5 of 25 captions .*, --max-bad 0\.1 allows 2"):
+        quiet(replace(some_bad_captions, max_bad=0.1, cache=some_bad_captions.cache.with_name("again")))
+
+
+def test_bad_captions_are_no_bad_pictures(some_bad_captions: ExtractConfig, config: ExtractConfig) -> None:
+    both = replace(some_bad_captions, teacher=(*config.teacher, *some_bad_captions.teacher))
+    lines = quiet(replace(both, data=(*config.data, *some_bad_captions.data), max_bad=0.9))
+    assert "seen 40 = 40 ok + 0 quarantined + 0 filtered (pictures)" in lines
+    assert any(line.endswith("quarantined (captions)") for line in lines)
+
+
+def test_the_budget_holds_for_what_is_committed_already(config: ExtractConfig) -> None:
+    make_tar(Path(config.data[0]) / "a.tar", 24, bad=(3, 17))
+    quiet(replace(config, max_bad=0.1))
+    for _ in range(2):
+        with pytest.raises(
+            errors.TooManyBadSamples, match=r"2 of 40 pictures .*; the first: a\.tar/s003: .*a\.tar/s017"
+        ):
+            quiet(config)
+    assert quiet(replace(config, max_bad=0.05))[-1].startswith("nothing to do")
+
+
+def test_what_another_process_left_out_counts_and_is_named(config: ExtractConfig) -> None:
+    make_tar(Path(config.data[0]) / "a.tar", 24, bad=(3,))
+    found = survey(replace(config, max_bad=0.5))
+    with Claims(found.store) as claims, claims.planning(join=False):
+        bad = Quarantine(planned(found, claims, lambda line: None))
+        plan = bad._plan
+    quiet(replace(config, max_bad=0.5))  # the other one
+    assert bad.count("image") == 0
+    bad.finish()
+    assert (bad.count("image"), bad.new) == (1, 1)
+    assert bad.first("image")[0].startswith("a.tar/s003: ")
+    assert Quarantine(replace(plan, receipts={})).new == 0
+
+
+def test_one_bar_is_opened_by_the_first_claimed_task_and_shortened_by_others(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Progress("pictures", None) as progress:
+        progress.left(64)
+        assert list(progress.opened_by([])) == []
+        progress.left(48)
+        assert progress._bar is None
+        for _ in progress.opened_by([cast("Task", object())]):
+            bar = progress._bar
+            assert bar is not None
+            progress.advance(16)
+        progress.left(16)
+        assert (bar.n, bar.total) == (16, 32)
+        assert list(progress.opened_by([cast("Task", object())]))
+        assert progress._bar is bar
+        progress.left(0)
+    assert capsys.readouterr().err.count("pictures: 100%") >= 1
+
+
+def test_committed_blocks_are_not_claimed(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = survey(config)
+    with Claims(found.store) as claims:
+        with claims.planning(join=False):
+            plan = planned(found, claims, lambda line: None)
+        quiet(replace(config, join=True))
+        monkeypatch.setattr(Claims, "take", None)  # claiming anything would fail
+        blocks = ClaimedBlocks(plan, claims, lambda line: None)
+        assert list(blocks.take(plan.tasks)) == []
+        assert blocks._missing(plan.tasks) == []
+        monkeypatch.setattr(claimed, "ASKED_ONE_BY_ONE", 0)
+        assert blocks._missing(plan.tasks) == []
+
+
+def test_the_bill_of_many_workers_names_no_time(config: ExtractConfig) -> None:
+    config = replace(config, batch_size=1)
+    found = survey(config)
+    with Claims(found.store) as claims, claims.planning(join=False):
+        plan = planned(found, claims, lambda line: None, with_bill=False)
+    assert re.search(r", about \d+ s \(forward only, measured on one batch\)$", bill(plan)[-1])
+    assert "measured" not in "".join(bill(replace(plan, config=replace(config, workers=2))))
 
 
 def test_bad_pictures_of_one_split_do_not_count_against_another(config: ExtractConfig, tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ class Watch:
         fields = [path.parent for path in (self.cache / "_emkum" / "receipts").rglob("*.json")]
         done = {block for block in blocks if len(fields) and self.is_done(block)}
         partly = {path.name.split(f".{token}")[0] for path in temporaries(self.cache) if f".{token}." in path.name}
-        return len(blocks - done), len({name for name in partly if name.startswith(".c.")})
+        places = {tuple(name.split(".")[2:4]) for name in partly if name.startswith(".c.")}  # (block, view)
+        return len(blocks - done), len(places)
 
     def is_done(self, block: str) -> bool:
         fields = [

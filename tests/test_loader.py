@@ -508,4 +508,36 @@ def test_a_loader_that_is_left_early_leaves_no_thread(path: Path) -> None:
     next(batches)
     del batches
     gc.collect()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("emkum-loader")]
+    leave_no_thread()
+
+
+def leave_no_thread() -> None:
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("emkum-loader")]
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_a_loader_that_is_left_while_a_read_hangs_is_left_at_once(path: Path) -> None:
+    cache, names, table = opened(path, PAIRS)
+    answers, reading = threading.Event(), threading.Event()
+    first = TrainOrder(table, 8, 0).rows(0).image_rows_B
+
+    class StallingSource(CachedSource):
+        def read(self, rows: BatchRows, buffers: Buffers) -> HostBatch:
+            if not np.array_equal(rows.image_rows_B, first):  # type: ignore[arg-type]
+                reading.set()
+                assert answers.wait(60)
+            return super().read(rows, buffers)
+
+    batches = iter(BatchLoader(TrainOrder(table, 8, 0), StallingSource(cache, names, table)))
+    next(batches)
+    assert reading.wait(60)
+    leaving = threading.Thread(target=batches.close, daemon=True)  # type: ignore[attr-defined]
+    leaving.start()
+    leaving.join(20)
+    hangs = leaving.is_alive()
+    answers.set()
+    assert not hangs
+    leaving.join(60)
+    leave_no_thread()

@@ -268,7 +268,7 @@ def test_without_a_committed_row_or_a_missing_block_nothing_is_computed(
     assert quiet(config)[-1].startswith("nothing to do: ")
 
 
-def test_a_process_that_joins_others_leaves_the_check_to_who_began(
+def test_a_process_that_joins_others_checks_too_unless_its_command_just_has(
     config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quiet(config)
@@ -277,11 +277,11 @@ def test_a_process_that_joins_others_leaves_the_check_to_who_began(
     with Claims(CacheWriter(config.cache).store) as others:
         with others.planning(join=False):
             pass
-        quiet(replace(config, join=True))
+        extract(replace(config, join=True), say=lambda line: None, checked=True)
         assert not drawn
         forget(config.cache, 1)
-    quiet(replace(config, join=True))
-    assert drawn
+        quiet(replace(config, join=True))
+        assert drawn
 
 
 def test_rows_of_tars_that_are_gone_are_passed_over(

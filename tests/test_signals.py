@@ -66,7 +66,9 @@ EXTRACT = "emkum.stage1_extract.extract"
 SHORT = [
     Phase("the tars are scanned", "emkum.shards.tars", "scan_tar"),
     Phase("networks are loaded", "emkum.stage1_extract.plan", "load_network"),
-    Phase("int8's statistics are measured", EXTRACT, "_add_moments", more=("--storage", "int8")),
+    Phase(
+        "int8's statistics are measured", "emkum.stage1_extract.statistics", "_add_moments", more=("--storage", "int8")
+    ),
     Phase("the networks run", EXTRACT, "_encode_pictures", number=20, finished_blocks=1),
     # The thread that writes cannot be interrupted: it stays for a moment, and the loop waits for it.
     Phase("the write queue is full", "emkum.stage1_extract.writing", "Writing._append", 14, 6.0, finished_blocks=1),
@@ -76,7 +78,7 @@ LONG = [
     Phase("the plan is made", EXTRACT, "make_plan"),
     Phase("the segment is written", "emkum.shards.writer", "append_segment"),
     Phase("fields are declared", EXTRACT, "_declare"),
-    Phase("the bill is measured", EXTRACT, "_expected_seconds"),
+    Phase("the bill is measured", "emkum.stage1_extract.telling", "_expected_seconds"),
     Phase("pictures are decoded", "emkum.stage1_extract.pictures", "PictureStream._of"),
     Phase("a block is claimed", "emkum.shards.claims", "Claims.take", number=3),
     Phase("objects are synced", "emkum.shards.durable", "sync_dir", number=40, seconds=4.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 
@@ -37,6 +38,18 @@ from emkum.shards import strict_json
 def test_what_no_honest_writer_writes_is_refused(data: bytes, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         strict_json.loads(data)
+
+
+def test_what_a_character_of_four_bytes_costs_is_within_the_promise() -> None:
+    text = b'"' + b"a" * 1_000_000 + "\U0001f600".encode() + b'"'
+    many = b"[" + b'"", ' * 100_000 + b"{}, " * 100_000 + b"0]"
+    for data, promised in ((text, 10 * len(text)), (many, 10 * len(many) + 120 * 200_001)):
+        tracemalloc.start()
+        try:
+            strict_json.loads(data)
+            assert tracemalloc.get_traced_memory()[1] < promised
+        finally:
+            tracemalloc.stop()
 
 
 def test_a_file_that_is_too_large_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:

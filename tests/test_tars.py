@@ -538,6 +538,14 @@ def test_a_duplicate_unused_member_is_a_duplicate(tmp_path: Path) -> None:
         scan(tmp_path, [("0.npy", b"x"), ("0.npy", b"x")])
 
 
+def test_a_key_of_very_many_members_is_refused_by_name_before_they_are_all_read(tmp_path: Path) -> None:
+    members = [(f"k.x{i}", b"") for i in range(20_000)]
+    with pytest.raises(BadTar, match="byte 0: key 'k' has more than 1,000 members") as error:
+        scan(tmp_path, members)
+    assert error.value.way_out.startswith("give each sample its own key")
+    assert scan(tmp_path, [*members[:999], ("k.jpg", b"x")]).ignored["x0"] == 1
+
+
 def test_two_pictures_under_one_key_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadTar, match="byte 1024: key '0' has two pictures, jpg and png") as error:
         scan(tmp_path, [("0.jpg", b"x"), ("0.png", b"x")])

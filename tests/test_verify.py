@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import re
 import resource
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from tiny_cache import make_cache
 from emkum import errors
 from emkum.cli import run
 from emkum.shards import verify as verify_module
+from emkum.shards.audit import report_json, report_table
 from emkum.shards.claims import CLAIMS, Claims
 from emkum.shards.codec import Encoded, Summary
 from emkum.shards.digest import digest
@@ -34,7 +36,7 @@ from emkum.shards.ledger import with_digest
 from emkum.shards.reader import Cache
 from emkum.shards.repair import repair
 from emkum.shards.segments import SAMPLES, segment_digest
-from emkum.shards.store import LocalStore
+from emkum.shards.store import LocalStore, RangeReader
 from emkum.shards.verify import Finding, Report, sample_keys
 from emkum.shards.writer import CacheWriter
 
@@ -303,7 +305,7 @@ def test_a_bad_chunk_names_its_row_and_sample(cache: Path) -> None:
     found = only(verify(cache))
     assert (found.path, found.what) == (shard, "has 2 chunks that fail the checksum")
     assert list(found.row_numbers()) == [6, 10]
-    assert sample_keys(LocalStore(cache), found) == [("train.tar", "train0006"), ("train.tar", "train0010")]
+    assert sample_keys(LocalStore(cache), [found]) == [[("train.tar", "train0006"), ("train.tar", "train0010")]]
     assert (found.field, found.block, found.view) == (TOKENS, 0, 1)
     with pytest.raises(errors.CorruptCache):
         field.read(np.array([6]), 1)
@@ -313,7 +315,7 @@ def test_a_bad_tile_of_text_names_its_caption(cache: Path) -> None:
     flip(cache / f"{LAYERS}/values/c.1.0.0", 3)
     found = only(verify(cache))
     assert list(found.row_numbers()) == [16]
-    assert sample_keys(LocalStore(cache), found) == [("train.tar", "train0016")]
+    assert sample_keys(LocalStore(cache), [found]) == [[("train.tar", "train0016")]]
 
 
 @pytest.mark.parametrize("name", [CLS, IDS])
@@ -631,6 +633,140 @@ def test_garbage_instead_of_parquet_is_found(cache: Path) -> None:
         assert "_emkum/segments/0/captions.parquet" in paths(verify(cache))
 
 
+# --- what a check costs, and what stops it -----------------------------------------------------------------
+
+
+class CountingStore(LocalStore):
+    """Notes what is read whole."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.reads: list[str] = []
+
+    def read(self, path: str) -> bytes:
+        self.reads.append(path)
+        return super().read(path)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_every_receipt_is_read_once_and_every_table_for_its_names_once(cache: Path, remote: bool) -> None:
+    for path in (cache / "_emkum/receipts/image").rglob("000002-*.json"):
+        left_out = {"row": 32, "tar": "val.tar", "key": "val0000", "reason": "forged"}
+        reseal(path, lambda record, left_out=left_out: record["quarantined"].append(left_out))
+    for path in (cache / f"_emkum/receipts/{CLS}").glob("000002-*.json"):
+        left_out = {"row": 32, "tar": "val.tar", "key": "val0001", "reason": "forged"}
+        reseal(path, lambda record, left_out=left_out: record["quarantined"].append(left_out))
+    store = CountingStore(cache)
+    store.local = None if remote else store.local
+    found = {f.path: f.what for f in verify_module.verify(store, threads=1).findings}
+    assert found[f"_emkum/receipts/{CLS}/000002-0.json"].endswith(
+        "it calls row 32 val.tar/val0001; that row is val.tar/val0000"
+    )
+    assert not any(path.startswith("_emkum/receipts/image") for path in found)
+    receipts = [path for path in store.reads if path.startswith("_emkum/receipts/")]
+    assert len(receipts) == len(set(receipts)) > 10
+    tables = [path for path in store.reads if path.endswith(".parquet")]
+    # Once to be checked; those of pictures again, for the names of what two fields leave out of both segments.
+    again = {path for path in tables if tables.count(path) == 2}
+    assert again == {"_emkum/segments/0/samples.parquet", "_emkum/segments/1/samples.parquet"}
+    assert len(tables) == 6
+
+
+def test_the_tables_are_read_once_for_all_findings(cache: Path) -> None:
+    for name, objects in ((CLS, ("c.0.0.0", "c.0.1.0", "c.1.0.0")), (IDS, ("c.0.0", "c.1.0"))):
+        for place in objects:
+            flip(cache / f"{name}/values/{place}", 0)
+    report = verify(cache)
+    assert len(report.findings) == 5
+    store = CountingStore(cache)
+    for tell in (report_json, report_table):
+        assert "train0017" in str(tell(store, report))
+        assert sum(path.endswith(".parquet") for path in store.reads) == 2
+        store.reads.clear()
+
+
+def test_folders_that_are_links_are_noted_and_not_followed(cache: Path) -> None:
+    for number in range(4):
+        (cache / f"image/loop{number}").symlink_to(cache)
+    report = verify(cache)
+    assert report.findings == ()
+    assert "image/loop3 is a link to a folder: what no record names was not looked for in it" in report.notes
+    moved = cache.parent / "moved"
+    (cache / "_emkum/receipts").rename(moved)
+    (cache / "_emkum/receipts").symlink_to(moved)
+    found = next(finding for finding in verify(cache).findings if finding.path == "_emkum/receipts")
+    assert "is a link to a folder: the records in it were not checked" in found.what
+    assert not found.repairable
+
+
+class BadSectors(LocalStore):
+    """A disk that cannot read some files, or nothing at all."""
+
+    bad: tuple[str, ...] = ()
+    number = errno.EIO
+
+    def _refuse(self, path: str) -> None:
+        if path in self.bad or "*" in self.bad:
+            raise errors.StorageFailure(f"{path} cannot be read") from OSError(self.number, os.strerror(self.number))
+
+    def read(self, path: str) -> bytes:
+        self._refuse(path)
+        return super().read(path)
+
+    def open(self, path: str) -> RangeReader:
+        reader = super().open(path)
+
+        class Reader:
+            size = reader.size
+
+            def read_into(_, buffers: Sequence[memoryview], offset: int) -> int:  # noqa: N805
+                self._refuse(path)
+                return reader.read_into(buffers, offset)
+
+        return Reader()
+
+
+def test_a_sector_that_cannot_be_read_is_damage_of_its_file_alone(pristine: Path) -> None:
+    store = BadSectors(pristine)
+    files = [path for path in files_of(pristine) if path != "zarr.json"]
+    for path in files:
+        store.bad = (path,)
+        report = verify_module.verify(store, threads=1)
+        found = next((finding for finding in report.findings if finding.path == path), None)
+        if not (found and found.what.startswith("cannot be read: Input/output error")):
+            assert path.endswith(("model.safetensors", "tokenizer.json")), (path, report.findings)
+            assert found or report.notes
+    store.bad = (f"{CLS}/values/c.1.0.0",)
+    found = only(verify_module.verify(store, threads=2))
+    assert (found.rows, found.repairable) == (((16, 18),), True)
+
+
+def test_a_root_a_disk_or_a_permission_that_fails_ends_the_check(cache: Path) -> None:
+    store = BadSectors(cache)
+    for bad in ("zarr.json", "*"):
+        store.bad = (bad,)
+        with pytest.raises(errors.StorageFailure):
+            verify_module.verify(store, threads=1)
+
+    class DyingDisk(BadSectors):
+        def open(self, path: str) -> RangeReader:
+            if path.endswith("c.1.0.0"):
+                self.bad = ("*",)
+            return super().open(path)
+
+    with pytest.raises(errors.StorageFailure, match=r"zarr\.json cannot be read"):
+        verify_module.verify(DyingDisk(cache), threads=1)
+    store.bad, store.number = (f"{CLS}/values/c.1.0.0",), errno.EACCES
+    with pytest.raises(errors.StorageFailure):
+        verify_module.verify(store, threads=1)
+
+
+def test_a_pipe_in_the_place_of_an_object_is_damage(cache: Path) -> None:
+    (cache / f"{CLS}/values/c.1.0.0").unlink()
+    os.mkfifo(cache / f"{CLS}/values/c.1.0.0")
+    assert only(verify(cache)).what == "cannot be read: it is not a file"
+
+
 # --- repair ------------------------------------------------------------------------------------------------
 
 
@@ -719,6 +855,15 @@ def test_names_from_the_data_cannot_move_the_cursor(cache: Path, capsys: pytest.
     run(["cache", "verify", str(cache)])
     out = capsys.readouterr().out
     assert "thesis\\x1b[2J.txt" in out
+    assert "\x1b" not in out
+
+
+def test_reasons_from_the_data_cannot_move_the_cursor_in_info(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (cache / "_emkum/receipts").rglob("000000-*.json"):
+        reseal(path, lambda record: [q.update(reason="broken\x1b[2J\nno damage") for q in record["quarantined"]])
+    assert run(["cache", "info", str(cache)]) == 0
+    out = capsys.readouterr().out
+    assert "broken\\x1b[2J\\nno damage\n" in out
     assert "\x1b" not in out
 
 

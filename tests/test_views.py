@@ -140,6 +140,8 @@ def test_json_of_another_kind_is_no_policy(change: dict[str, object]) -> None:
         (lambda: ViewPolicy(jitter=-0.1), "jitter is -0.1"),
         (lambda: ViewPolicy(jitter=1.5), "jitter is 1.5"),
         (lambda: ViewPolicy(flip=True, count=0), "0 views a picture"),
+        (lambda: ViewPolicy(flip=True, count=10_001), "10001 views a picture"),
+        (lambda: ViewPolicy(flip=True, count=2**40), "1099511627776 views a picture"),
         (lambda: ViewPolicy(count=2), "2 views of a policy that gives one"),
         (lambda: ViewPolicy(flip=True, seed=2**64), "is beyond 64 bits"),
     ],

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -201,7 +202,7 @@ def test_a_block_that_kills_whoever_takes_it_is_named(many: ExtractConfig, tmp_p
         assert len(killed) == workers.DEATHS_IN_A_ROW, command.said
         line = command.last
         assert line.startswith("emkum: WorkersLost: "), line
-        assert "3 workers died while block 7 (view 0) of teacher/vit/image/cls was in their hands" in line
+        assert "3 workers died with this in their hands: block 7 (view 0) of teacher/vit/image/cls, " in line
         assert "rows 112 to 127, of c.tar; what was committed is kept" in line
         assert "Traceback" not in command.said
         until(lambda: command.processes() == set(), "its processes to end", 20)
@@ -301,7 +302,7 @@ class Future:
         self.status = "pending"
         self.error: BaseException | None = None
 
-    def exception(self) -> BaseException | None:
+    def exception(self, timeout: float) -> BaseException | None:
         return self.error
 
     def done(self) -> bool:
@@ -318,7 +319,9 @@ class Scheduler:
         self.names: dict[str, str] = {}
         self.version: object = emkum.__version__
         self.pid = 1_000_000_000  # of no process
+        self.host = "here"
         self.work: list[tuple[ExtractConfig, int]] = []
+        self.checked: list[bool] = []
         self.futures: list[Future] = []
         self.scaled: list[int] = []
         self.cluster = self  # of which only `scale` is called
@@ -331,13 +334,16 @@ class Scheduler:
 
     def run(self, function: Callable[..., Any], *words: str, workers: list[str], on_error: str) -> dict[str, Any]:
         self.pid += 1
-        known = {"getpid": self.pid, "gethostname": "here", "resolve_name": self.version}
+        known = {"getpid": self.pid, "gethostname": self.host, "resolve_name": self.version}
         return {workers[0]: known[function.__name__]}
 
-    def submit(self, function: Callable[..., Any], config: ExtractConfig, sharing: int, **rules: Any) -> Future:
+    def submit(
+        self, function: Callable[..., Any], config: ExtractConfig, sharing: int, checked: bool, **rules: Any
+    ) -> Future:
         assert function is workers.work
         assert rules["allow_other_workers"] is rules["pure"] is False
         self.work.append((config, sharing))
+        self.checked.append(checked)
         self.futures.append(Future())
         return self.futures[-1]
 
@@ -433,6 +439,31 @@ def test_a_scheduler_that_goes_away_ends_the_command(plan: Plan, monkeypatch: py
     assert caught.value.exit_code == 7
 
 
+def test_a_scheduler_that_is_stopped_ends_the_command(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "CONNECT_SECONDS", 0.2)
+    team, scheduler, _ = team_of(plan, scheduler="tcp://here:1")
+    scheduler.names = {"a": "a"}
+    goes_on = threading.Event()
+    monkeypatch.setattr(scheduler, "run", lambda *words, **rules: goes_on.wait(100))
+    team.tend()
+    assert team.living == 0  # who does not say its name gets no work
+    monkeypatch.setattr(scheduler, "scheduler_info", lambda n_workers: goes_on.wait(100))
+    with pytest.raises(errors.SchedulerUnreachable, match=r"tcp://here:1 went away \(TimeoutError\)"):
+        team.tend()
+    goes_on.set()
+
+
+def test_only_workers_beside_the_command_trust_its_check_of_committed_rows(plan: Plan) -> None:
+    team, scheduler, _ = team_of(plan, scheduler="tcp://here:1")
+    scheduler.names = {"a": "a"}
+    team.tend()
+    assert scheduler.checked == [False]  # its host is called "here"
+    team, scheduler, _ = team_of(plan, workers=1)
+    scheduler.names, scheduler.host = {"a": "0"}, socket.gethostname()
+    team.tend()
+    assert scheduler.checked == [True]
+
+
 def test_workers_join_a_running_command_up_to_the_number_asked_for(plan: Plan) -> None:
     team, scheduler, lines = team_of(plan, scheduler="tcp://here:1", workers=2)
     scheduler.names = {"a": "a"}
@@ -490,8 +521,29 @@ def test_what_others_commit_buys_a_deadly_block_time_but_not_for_ever(plan: Plan
 
     for life in range(1, workers.DEATHS_OF_A_BLOCK):
         live_and_die(life)
-    with pytest.raises(errors.WorkersLost, match=r"10 workers died while block 1 \(view 0\) .* of a.tar, b.tar;"):
+    with pytest.raises(errors.WorkersLost, match=r"10 workers died .* block 1 \(view 0\) .* of a.tar, b.tar;"):
         live_and_die(workers.DEATHS_OF_A_BLOCK)
+
+
+def test_every_block_that_the_dead_had_in_their_hands_is_named(plan: Plan) -> None:
+    team, scheduler, _ = team_of(plan, workers=1)
+    claims = Path(plan.store.url) / "_emkum/claims"
+
+    def live_and_die(life: int) -> None:
+        scheduler.names = {f"life {life}": "0"}
+        team.tend()
+        for block in ("000000", "000002"):
+            claim = {"pid": scheduler.pid - 2, "host": "here"}
+            (claims / f"image-{block}-0.{life}.json").write_text(json.dumps(claim))
+        scheduler.names = {}
+        team.tend()
+
+    for life in range(1, workers.DEATHS_IN_A_ROW):
+        live_and_die(life)
+    with pytest.raises(
+        errors.WorkersLost, match=r"3 workers died with these .* block 0 .* a\.tar and block 2 .* b\.tar;"
+    ):
+        live_and_die(workers.DEATHS_IN_A_ROW)
 
 
 def test_every_worker_gets_a_gpu_of_its_own_and_paths_that_hold_anywhere(

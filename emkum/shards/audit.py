@@ -23,7 +23,7 @@ from emkum.shards.reader import Cache, Field
 from emkum.shards.record_check import require_sound
 from emkum.shards.repair import Repair
 from emkum.shards.store import Store
-from emkum.shards.verify import Finding, Report, sample_keys
+from emkum.shards.verify import Finding, Report, first_rows, sample_keys
 
 MAX_SHOWN = 8  # rows and samples of one finding, and quarantined samples, on a screen
 
@@ -132,7 +132,7 @@ def table(description: dict[str, Any]) -> str:
     lines.append(f"networks kept: {', '.join(description['models']) or 'none'}")
     if not description["complete"]:
         lines.append("incomplete: the `emkum extract` command of the split finishes it")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def readable_bytes(size: float) -> str:
@@ -160,13 +160,17 @@ def report_json(store: Store, report: Report) -> dict[str, Any]:
             "bytes": report.bytes,
             "networks": report.networks,
         },
-        "findings": [finding_json(store, finding) for finding in report.findings],
+        "findings": _findings_json(store, report.findings),
         "incomplete": dict(report.incomplete),
         "notes": list(report.notes),
     }
 
 
-def finding_json(store: Store, finding: Finding) -> dict[str, Any]:
+def _findings_json(store: Store, findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    return [_finding_json(*one) for one in zip(findings, sample_keys(store, findings), strict=True)]
+
+
+def _finding_json(finding: Finding, samples: Sequence[tuple[str, str]]) -> dict[str, Any]:
     return {
         "path": finding.path,
         "what": finding.what,
@@ -178,7 +182,7 @@ def finding_json(store: Store, finding: Finding) -> dict[str, Any]:
         "segment": finding.segment,
         "space": finding.space,
         "rows": list(finding.row_numbers()),
-        "samples": [list(sample) for sample in sample_keys(store, finding)],
+        "samples": [list(sample) for sample in samples],
     }
 
 
@@ -189,10 +193,11 @@ def report_table(store: Store, report: Report) -> str:
         f"{readable_bytes(report.bytes)}; {report.segments} segments, {report.fields} fields, "
         f"{report.networks} networks"
     ]
-    for finding in report.findings:
+    samples = sample_keys(store, [first_rows(finding, MAX_SHOWN) for finding in report.findings])
+    for finding, shown in zip(report.findings, samples, strict=True):
         lines.append(f"DAMAGED {finding.path}: {finding.what}")
         if finding.rows:
-            lines.append(f"    {_rows_line(store, finding)}")
+            lines.append(f"    {_rows_line(finding, shown)}")
         lines.append(f"    {finding.way_out}")
     for name, count in report.incomplete.items():
         lines.append(f"incomplete: {name} lacks {count:,} blocks; the `emkum extract` command of the split adds them")
@@ -202,10 +207,9 @@ def report_table(store: Store, report: Report) -> str:
     return "\n".join(map(printable, lines))
 
 
-def _rows_line(store: Store, finding: Finding) -> str:
+def _rows_line(finding: Finding, shown: Sequence[tuple[str, str]]) -> str:
     runs = [str(first) if end == first + 1 else f"{first} to {end - 1}" for first, end in finding.rows]
-    first_rows = dataclasses.replace(finding, rows=_first_rows(finding.rows, MAX_SHOWN))
-    samples = [f"{tar}/{key}" for tar, key in sample_keys(store, first_rows)]
+    samples = [f"{tar}/{key}" for tar, key in shown]
     more = finding.num_rows - len(samples)
     return (
         f"{finding.space} {'row' if finding.num_rows == 1 else 'rows'} {', '.join(runs[:MAX_SHOWN])}"
@@ -213,16 +217,6 @@ def _rows_line(store: Store, finding: Finding) -> str:
         + (f": {', '.join(samples)}" if samples else "")
         + (f" and {more:,} more: --json lists all" if samples and more else "")
     )
-
-
-def _first_rows(runs: Sequence[tuple[int, int]], count: int) -> tuple[tuple[int, int], ...]:
-    found = []
-    for first, end in runs:
-        found.append((first, min(end, first + count)))
-        count -= found[-1][1] - first
-        if not count:
-            break
-    return tuple(found)
 
 
 def printable(line: str) -> str:
@@ -235,7 +229,7 @@ def repair_json(store: Store, done: Repair) -> dict[str, Any]:
         "path": done.report.url,
         "removed": list(done.removed),
         "written_again": list(done.rewritten),
-        "findings": [finding_json(store, finding) for finding in done.report.findings],
+        "findings": _findings_json(store, done.report.findings),
         "left": [finding.path for finding in done.left],
         "redo": redone_blocks(done.report),
     }

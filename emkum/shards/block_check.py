@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import google_crc32c
 import numpy as np
 
+from emkum.shards.bad_sectors import Unreadable
 from emkum.shards.layout import TEXT_TILE, ArraySpec, FieldSpec, object_path
 from emkum.shards.ledger import CommittedObject, Receipt
 from emkum.shards.store import RangeReader, Store
@@ -45,7 +46,8 @@ def check_block(
     largest: tuple[float, float] = (0.0, 0.0),
     progress: Progress = lambda count: None,
 ) -> list[ObjectDamage]:
-    """Reads every object of the block once. Memory: one chunk, or PIECE_BYTES of them, and the shard's index.
+    """Reads every object of the block once. Memory: of an object of one chunk about twice its bytes; of a shard a
+    chunk, or PIECE_BYTES of them, and the index.
 
     largest: of an int8 field, the largest |mean| and |std|. Raises only StorageFailure, and ValueError of
     `stated_objects`.
@@ -73,10 +75,14 @@ class _Block:
 
     def check(self, array: ArraySpec, stated: CommittedObject) -> None:
         try:
-            reader = self._store.open(stated.path)
+            self._check(array, stated)
         except FileNotFoundError:
             self._add(stated, f"is missing; its receipt states {stated.bytes} bytes")
-            return
+        except Unreadable as error:
+            self._add(stated, str(error))
+
+    def _check(self, array: ArraySpec, stated: CommittedObject) -> None:
+        reader = self._store.open(stated.path)
         if reader.size != stated.bytes:
             self._add(stated, f"has {reader.size} bytes; its receipt states {stated.bytes}")
             return
@@ -100,10 +106,17 @@ class _Block:
             self._add(stated, f"has {stated.bytes} bytes; {len(self._valid)} rows need {expected}")
             return stated.sha256
         data = bytearray(expected)
-        count = reader.read_into([memoryview(data)], 0)
-        self._progress(count)
-        sha256 = hashlib.sha256(data).hexdigest()
-        if count != expected or google_crc32c.value(bytes(data[:-4])) != struct.unpack("<I", data[-4:])[0]:
+        view, digest, checksum = memoryview(data), hashlib.sha256(), 0
+        for offset in range(0, expected, PIECE_BYTES):
+            piece = view[offset : offset + PIECE_BYTES]
+            if reader.read_into([piece], offset) != len(piece):
+                self._add(stated, f"ends before byte {offset + len(piece)} while it is read")
+                return stated.sha256
+            digest.update(piece)
+            checksum = google_crc32c.extend(checksum, bytes(piece[: max(0, expected - 4 - offset)]))
+            self._progress(len(piece))
+        sha256 = digest.hexdigest()
+        if checksum != struct.unpack("<I", data[-4:])[0]:
             self._add(stated, "fails its checksum")
             return sha256
         dtype = np.dtype(array.dtype).newbyteorder("<")

@@ -78,6 +78,7 @@ class Claims:
         self._me = Holder(store.token, socket.gethostname(), pid, _started(pid) or 0, _place(), "")
         self._held: dict[str, Claim] = {}
         self._writer: str | None = None
+        self._planning: Claim | None = None
         self._lock = threading.Lock()
         self._beating = threading.Lock()  # while heartbeats go out
         self._ended = threading.Event()
@@ -86,10 +87,10 @@ class Claims:
         self._offset, self._offset_until = 0.0, 0.0  # of the storage's clock from ours
 
     @contextlib.contextmanager
-    def planning(self, join: bool, say: Callable[[str], None] = lambda line: None) -> Iterator[Claim]:
+    def planning(self, join: bool, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
         """The time in which one process alone opens or grows the cache; from then on it counts as a writer.
 
-        Yields the claim on planning, whose `check` belongs before everything that is written meanwhile.
+        `check_planning` belongs before everything that is written meanwhile.
 
         join: work beside other writers, and wait for one that is planning. Else AnotherWriter is raised if there is
         one, naming host, process and last heartbeat. Unfinished writes of dead processes are removed.
@@ -107,6 +108,7 @@ class Claims:
                 waiting = True
                 time.sleep(POLL_SECONDS)
         try:
+            self._planning = claim
             if not join:
                 self.require_alone()
             if self._writer is None:
@@ -116,9 +118,15 @@ class Claims:
                     self._writer = path
             living = {holder.token for holder, _ in self.writers(drop_dead=True)} | {self._me.token}
             self.store.sweep(living)
-            yield claim
+            yield
         finally:
+            self._planning = None
             claim.release()
+
+    def check_planning(self) -> None:
+        """Raises ClaimLost if this process is not planning any more: another took it for dead."""
+        assert self._planning is not None
+        self._planning.check()
 
     def require_alone(self) -> None:
         """Raises AnotherWriter if another living process writes to, or plans to write to, the cache."""

@@ -19,7 +19,6 @@ from emkum.shards.segments import CAPTIONS, SAMPLES, Segment
 from emkum.shards.strict_parquet import batches, open_table
 from emkum.shards.writer import NETWORK_FILES
 
-MAX_VIEWS = 1 << 16
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -88,7 +87,7 @@ def wrong_receipt(spec: FieldSpec, fingerprint_digest: str, receipt: Receipt, ro
     """What of a receipt cannot be, whatever the segments are; then `check_block` may be asked."""
     if receipt.fingerprint_digest != fingerprint_digest:
         return f"it belongs to fingerprint {str(receipt.fingerprint_digest)[:12]}..."
-    if receipt.view > (MAX_VIEWS if spec.has_views else 0):
+    if receipt.view and not spec.has_views:
         return f"it is of view {receipt.view}"
     try:
         stated_objects(spec, receipt)

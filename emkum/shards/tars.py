@@ -41,6 +41,7 @@ MAX_JSON_BYTES = 4 << 20  # "[[],[],..." takes 25 times as much once it is parse
 MAX_NAME_CHARACTERS = 4096  # what Linux allows a path
 MAX_EXTENDED_HEADER_BYTES = 1 << 20
 MAX_PADDING_BYTES = 1 << 20  # zeros after the end-of-archive marker; tar writes 10,240 or one record (-b)
+MAX_MEMBERS_OF_A_KEY = 1000
 MAX_BRACE_PATHS = 1_000_000
 MAX_BRACE_DEPTH = 20
 
@@ -392,7 +393,7 @@ class _Group:
 
     key: str
     header: int
-    exts: list[str] = field(default_factory=list)
+    exts: set[str] = field(default_factory=set)
     picture: PictureMember | None = None
     json_captions: tuple[str, ...] = ()
     txt_captions: tuple[str, ...] = ()
@@ -653,7 +654,13 @@ class _Scan:
             group = self.group = _Group(key, member.header)
         if ext in group.exts:
             self.duplicate(name, key, group.header, member)
-        group.exts.append(ext)
+        if len(group.exts) == MAX_MEMBERS_OF_A_KEY:
+            self.bad(
+                group.header,
+                f"key {key!r} has more than {MAX_MEMBERS_OF_A_KEY:,} members",
+                "give each sample its own key, or take what is not used out of the tar",
+            )
+        group.exts.add(ext)
         return group
 
     def duplicate(self, name: str, key: str, began: int, member: _Member) -> NoReturn:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import re
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from emkum.errors import CorruptCache
+from emkum.shards.bad_sectors import CheckedStore, Unreadable
 from emkum.shards.block_check import check_block, largest_statistics, stated_objects
 from emkum.shards.claims import CLAIMS, block_key
 from emkum.shards.layout import (
     FORMAT,
+    MAX_VIEWS,
     RECORDS,
     ArraySpec,
     FieldSpec,
@@ -37,10 +38,9 @@ from emkum.shards.layout import (
     receipt_path,
     segment_dir,
 )
-from emkum.shards.ledger import Receipt, read_field_record, read_receipt, without_digest
+from emkum.shards.ledger import REQUESTS_AT_A_TIME, Receipt, read_field_record, read_receipt, without_digest
 from emkum.shards.reader import read_statistic
 from emkum.shards.record_check import (
-    MAX_VIEWS,
     check_captions,
     check_root,
     check_samples,
@@ -50,10 +50,10 @@ from emkum.shards.record_check import (
     wrong_record,
     wrong_segment,
 )
-from emkum.shards.segments import CAPTIONS, SAMPLES, Segment, read_segment
+from emkum.shards.row_names import RowNames, read_row_names, table_bytes
+from emkum.shards.segments import Segment, read_segment
 from emkum.shards.store import Store, sha256_of
 from emkum.shards.strict_json import loads
-from emkum.shards.strict_parquet import batches, open_table
 from emkum.shards.writer import NETWORK_FILES, read_root
 
 HINTS = f"{RECORDS}/hints/scans.json"
@@ -127,39 +127,37 @@ def verify(store: Store, *, threads: int | None = None, progress: Progress = lam
     return _Audit(store, threads or min(4, os.cpu_count() or 1), progress).run()
 
 
-def sample_keys(store: Store, finding: Finding) -> list[tuple[str, str]]:
-    """(tar, key) of the finding's rows, in their order. Empty if the segment's own tables are damaged."""
-    if finding.segment is None or finding.space is None or not finding.rows:
-        return []
-    try:
-        segment = read_segment(store, finding.segment)
-        return list(_keys(_rows_table(store, segment, finding.space), finding.row_numbers()).values())
-    except CorruptCache:
-        return []
+def sample_keys(store: Store, findings: Sequence[Finding]) -> list[list[tuple[str, str]]]:
+    """(tar, key) of each finding's rows, in their order. Empty where the segment's own tables are damaged.
+
+    Every table is read once, and one at a time.
+    """
+    found: list[list[tuple[str, str]]] = [[] for _ in findings]
+    by_table: dict[tuple[int, Space], list[int]] = defaultdict(list)
+    for index, finding in enumerate(findings):
+        if finding.segment is not None and finding.space is not None and finding.rows:
+            by_table[finding.segment, finding.space].append(index)
+    for (number, space), indices in sorted(by_table.items()):
+        with contextlib.suppress(CorruptCache, ValueError):
+            names = read_row_names(_checked(store), read_segment(_checked(store), number), space)
+            for index in indices:
+                found[index] = names.of(list(findings[index].row_numbers()))
+    return found
 
 
-def _rows_table(store: Store, segment: Segment, space: Space) -> pa.Table:
-    """row, tar, key of a segment's pictures or captions. Raises CorruptCache for a damaged table."""
-    name, schema, lines = "captions.parquet", CAPTIONS, segment.text.rows
-    if space == "image":
-        name, schema, lines = "samples.parquet", SAMPLES, sum(source.samples for source in segment.sources)
-    try:
-        data = store.read(f"{segment_dir(segment.number)}/{name}")
-        if hashlib.sha256(data).hexdigest() != segment.parquet[name]:
-            raise ValueError("its sha256 is another")
-        columns = [f"{space}_row", "tar", "key"]
-        pieces = [batch.select(columns) for batch in batches(open_table(data, schema, lines))]
-    except (FileNotFoundError, ValueError) as error:
-        raise CorruptCache(f"{name} of segment {segment.number} cannot be trusted: {error}", _RESTORE) from error
-    wanted = pa.schema([schema.field(column) for column in columns])
-    return pa.Table.from_batches(pieces, wanted).rename_columns(["row", "tar", "key"])
+def _checked(store: Store) -> Store:
+    return cast(Store, CheckedStore(store))
 
 
-def _keys(table: pa.Table, rows: Iterable[int]) -> dict[int, tuple[str, str]]:
-    """row -> (tar, key), ascending."""
-    found = table.filter(pc.is_in(table["row"], pa.array(list(rows), pa.int64())))
-    lists = (found[name].to_pylist() for name in ("row", "tar", "key"))
-    return {row: (tar, key) for row, tar, key in zip(*lists, strict=True)}
+def first_rows(finding: Finding, count: int) -> Finding:
+    """The finding of its first rows alone."""
+    found = []
+    for first, end in finding.rows:
+        found.append((first, min(end, first + count)))
+        count -= found[-1][1] - first
+        if not count:
+            break
+    return dataclasses.replace(finding, rows=tuple(found))
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,8 @@ class _Audit:
     """One run over one cache. Records are read after the listing, so that a cache that grows meanwhile is whole."""
 
     def __init__(self, store: Store, threads: int, progress: Progress) -> None:
-        self._store, self._threads, self._progress = store, threads, progress
+        self._store, self._threads, self._progress = _checked(store), threads, progress
+        self._root_store = store
         self._findings: list[Finding] = []
         self._notes: list[str] = []
         self._lock = threading.Lock()
@@ -197,7 +196,7 @@ class _Audit:
         self._lost_fields: set[str] = set()  # whose record is damaged
         self._blocks: list[_Block] = []
         self._done_bytes = self._all_bytes = self._num_objects = 0
-        self._table_of: tuple[Any, pa.Table] = None, None
+        self._names_of: tuple[Any, RowNames | None] = None, None
 
     def run(self) -> Report:
         if not self._root():
@@ -253,7 +252,7 @@ class _Audit:
         """Whether the rest can be checked: without the root's numbers nothing else has a meaning."""
         ours: Any = None
         try:
-            data = self._store.read("zarr.json")
+            data = self._root_store.read("zarr.json")  # one that cannot be read ends the check
             ours = loads(data)["attributes"]["emkum"]
             content = {key: value for key, value in ours.items() if key != "digest"}
             self._sealed = "digest" in ours
@@ -306,10 +305,23 @@ class _Audit:
                 self._files[path] = size
             elif _is_unfinished(f"{name}/"):
                 self._files[path] = 0
+            elif self._store.local is not None and (self._store.local / path).is_symlink():
+                self._linked_folder(path)
             elif depth < MAX_DEPTH:
                 self._walk(f"{path}/", self._store.list(path), depth + 1)
             else:
                 self._notes.append(f"{path} lies deeper than anything of a cache: not looked into")
+
+    def _linked_folder(self, path: str) -> None:
+        """It may lead back into the cache, and a few such links make more paths than there is time for."""
+        if path.startswith(f"{RECORDS}/"):
+            self._add(
+                path,
+                "is a link to a folder: the records in it were not checked",
+                "put the folder itself in its place, or link the whole cache",
+            )
+        else:
+            self._notes.append(f"{path} is a link to a folder: what no record names was not looked for in it")
 
     def _receipt_files(self) -> dict[str, list[str]]:
         """Field -> paths of its receipts."""
@@ -322,12 +334,11 @@ class _Audit:
                 self._owned.add(path)
         return found
 
-    def _check_bytes(self, path: str, data: bytes | None = None) -> str | None:
+    def _check_bytes(self, data: bytes) -> str | None:
         """Of a sealed cache: what is wrong with a JSON file as it is written; the digest inside is checked elsewhere.
 
         A flip that parses to the same value (a key's space, an escaped letter) is found here.
         """
-        data = self._store.read(path) if data is None else data
         return "its bytes were altered" if self._sealed and data != pretty_json(loads(data)) else None
 
     # --- segments ----------------------------------------------------------------------------------------
@@ -355,15 +366,16 @@ class _Audit:
             }
             self._segments[number] = None
             try:
-                segment = read_segment(self._store, number)
-                data = self._store.read(path)
-                wrong = self._check_bytes(path, data) or wrong_segment(segment, self._rows_per_block)
+                kept = CheckedStore(self._root_store)
+                segment = read_segment(cast(Store, kept), number)
+                data = kept.last
+                wrong = self._check_bytes(data) or wrong_segment(segment, self._rows_per_block)
                 if self._sealed and "record_digest" not in loads(data):
                     wrong = "it carries no digest of its own"
                 wrong = wrong or self._wrong_neighbours(segment, starts, tars, policies)
             except (CorruptCache, ValueError, FileNotFoundError) as error:
                 missing = path not in self._files
-                self._add(path, "is missing" if missing else f"cannot be trusted: {_cause(error)}")
+                self._add(path, "is missing" if missing else _refusal(error))
                 self._tables_of_bad_segment(number)
                 starts = {"image": None, "text": None}
                 continue
@@ -403,6 +415,8 @@ class _Audit:
                 _, sha256 = sha256_of(self._store, f"{folder}/{name}")
             except FileNotFoundError:
                 self._add(f"{folder}/{name}", "is missing")
+            except Unreadable as error:
+                self._add(f"{folder}/{name}", str(error))
             else:
                 if stated.get(name, sha256) != sha256:
                     self._add(f"{folder}/{name}", f"has sha256 {sha256[:12]}..., segment.json states another")
@@ -415,18 +429,12 @@ class _Audit:
     def _table(self, segment: Segment, name: str, check: Callable[[bytes], None]) -> bytes | None:
         path = f"{segment_dir(segment.number)}/{name}"
         try:
-            data = self._store.read(path)
-            sha256 = hashlib.sha256(data).hexdigest()
-            if sha256 != segment.parquet[name]:
-                raise ValueError(
-                    f"its {len(data)} bytes have sha256 {sha256[:12]}..., segment.json states "
-                    f"{str(segment.parquet[name])[:12]}..."
-                )
+            data = table_bytes(self._store, segment, name)
             check(data)
         except FileNotFoundError:
             self._add(path, "is missing")
         except ValueError as error:
-            self._add(path, f"cannot be trusted: {error}")
+            self._add(path, _refusal(error))
         else:
             return data
         return None
@@ -439,16 +447,15 @@ class _Audit:
             self._owned.add(path)
             name = path.removeprefix(prefix).removesuffix(".json")
             try:
-                data = self._store.read(path)
-                record = read_field_record(self._store, path)
+                kept = CheckedStore(self._root_store)
+                record = read_field_record(cast(Store, kept), path)
                 spec = field_from_record(record)
-                wrong = self._check_bytes(path, data) or wrong_record(record, spec)
+                wrong = self._check_bytes(kept.last) or wrong_record(record, spec)
                 if wrong:
                     raise ValueError(wrong)
-            except FileNotFoundError:
-                continue  # gone since it was listed
             except (CorruptCache, ValueError) as error:
-                self._lost_record(name, f"cannot be trusted: {_cause(error)}", (path,))
+                if not isinstance(error.__cause__, FileNotFoundError):  # gone since it was listed
+                    self._lost_record(name, _refusal(error), (path,))
                 continue
             known = _KnownField(spec, record)
             self._fields[name] = known
@@ -488,7 +495,7 @@ class _Audit:
             except FileNotFoundError:
                 self._add(path, "is missing: without it the int8 numbers cannot be decoded", field=spec.name)
             except (CorruptCache, ValueError) as error:
-                self._add(path, f"cannot be trusted: {_cause(error)}", field=spec.name)
+                self._add(path, _refusal(error), field=spec.name)
         if len(found) == 2:
             known.largest = largest_statistics(found)
             stated = known.record["fingerprint"].get("statistics")
@@ -531,7 +538,7 @@ class _Audit:
         except FileNotFoundError:
             what = "is missing"
         except ValueError as error:
-            what = f"cannot be trusted: {error}"
+            what = _refusal(error)
         self._add_metadata(path, what, metadata)
 
     def _check_array(self, path: str, spec: FieldSpec, array: ArraySpec, blocks: int, views: int) -> None:
@@ -550,7 +557,7 @@ class _Audit:
         except FileNotFoundError:
             what = "is missing"
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            what = f"cannot be trusted: {error}"
+            what = _refusal(error)
         self._add_metadata(path, what, array_metadata(spec, array, blocks, views, self._rows_per_block))
 
     def _extent(self, shape: Any, spec: FieldSpec, blocks: int, views: int) -> tuple[int, int]:
@@ -576,35 +583,64 @@ class _Audit:
 
     def _read_receipts(self, listed: Mapping[str, Sequence[str]]) -> None:
         unknown: dict[int, list[str]] = defaultdict(list)
+        known_paths: list[tuple[Space, int, str, _KnownField]] = []
         for name, paths in sorted(listed.items()):
             known = self._fields.get(name)
             if known is None:
                 if name not in self._lost_fields:
                     self._lost_record(name, f"is missing: {len(paths)} receipts of the field lie there", ())
                 continue
-            for path in sorted(paths):
-                self._read_receipt(known, path, unknown)
+            known_paths += [(known.spec.space, _block_and_view(path)[0], path, known) for path in paths]
+        # In the order of the rows, whatever the field: the names of a segment's rows are read once for each space.
+        known_paths.sort(key=lambda one: one[:3])
+        found = self._read_ahead([path for _, _, path, _ in known_paths])
+        for (_, _, path, known), (receipt, refused) in zip(known_paths, found, strict=True):
+            self._take_receipt(known, path, receipt, refused, unknown)
         for number, paths in sorted(unknown.items()):
-            self._add(segment_dir(number), f"is missing: {len(paths)} receipts belong to it, the first {paths[0]}")
+            self._add(segment_dir(number), f"is missing: {len(paths)} receipts belong to it, the first {min(paths)}")
 
-    def _read_receipt(self, known: _KnownField, path: str, unknown: dict[int, list[str]]) -> None:
-        spec = known.spec
-        matched = _RECEIPT.fullmatch(path.rpartition("/")[2])
-        assert matched is not None
-        block, view = int(matched[1]), int(matched[2])
+    def _read_ahead(self, paths: Sequence[str]) -> Iterator[tuple[Receipt | None, str]]:
+        """`_read_receipt` of each, in order; from an object store many at a time."""
+        if self._store.local is not None:
+            yield from map(self._read_receipt, paths)
+            return
+        reading: deque[Future[tuple[Receipt | None, str]]] = deque()
+        with ThreadPoolExecutor(REQUESTS_AT_A_TIME) as pool:
+            try:
+                for path in paths:
+                    reading.append(pool.submit(self._read_receipt, path))
+                    if len(reading) > 4 * REQUESTS_AT_A_TIME:
+                        yield reading.popleft().result()
+                while reading:
+                    yield reading.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read_receipt(self, path: str) -> tuple[Receipt | None, str]:
+        """The receipt, and why it is refused or "". Neither: it was repaired since it was listed."""
+        kept = CheckedStore(self._root_store)
         try:
-            data = self._store.read(path)
-            receipt = read_receipt(self._store, path)
-            wrong = self._check_bytes(path, data) or self._wrong_receipt(known, receipt)
-            if wrong is None and receipt.segment not in self._segments:
+            receipt = read_receipt(cast(Store, kept), path)
+        except CorruptCache as error:
+            return None, "" if isinstance(error.__cause__, FileNotFoundError) else _refusal(error)
+        wrong = self._check_bytes(kept.last)
+        return receipt, f"cannot be trusted: {wrong}" if wrong else ""
+
+    def _take_receipt(
+        self, known: _KnownField, path: str, receipt: Receipt | None, refused: str, unknown: dict[int, list[str]]
+    ) -> None:
+        spec = known.spec
+        block, view = _block_and_view(path)
+        if receipt is not None and not refused:
+            wrong = self._wrong_receipt(known, receipt)
+            refused = f"cannot be trusted: {wrong}" if wrong else ""
+            if not wrong and receipt.segment not in self._segments:
                 unknown[receipt.segment].append(path)
                 self._owned |= {stated.path for stated in receipt.objects}
                 return
-        except FileNotFoundError:
-            return  # repaired since it was listed
-        except (CorruptCache, ValueError) as error:
-            wrong = _cause(error)
-        if wrong is None:
+        if not refused:
+            if receipt is None:
+                return
             known.committed.add((block, view))
             self._blocks.append(_Block(spec, path, receipt))
             self._all_bytes += sum(stated.bytes for stated in receipt.objects)
@@ -615,7 +651,7 @@ class _Audit:
         place = self._place(spec, block)
         self._add(
             path,
-            f"cannot be trusted: {wrong}",
+            refused,
             self._repaired_by(f"drops it, and the same extract command redoes block {block}-{view}"),
             field=spec.name,
             block=block,
@@ -637,20 +673,21 @@ class _Audit:
 
     def _wrong_quarantine(self, segment: Segment, space: Space, receipt: Receipt) -> str | None:
         rows = [q.row for q in receipt.quarantined]
-        try:
-            names = _keys(self._segment_table(segment, space), rows) if rows else {}
-        except CorruptCache:
-            return None  # the segment's own finding
-        for q in receipt.quarantined:
-            if names.get(q.row) != (q.tar, q.key):
-                return f"it calls row {q.row} {q.tar}/{q.key}; that row is {'/'.join(names.get(q.row, ('',)))}"
+        names = self._row_names(segment, space) if rows else None
+        if names is None:
+            return None  # or the segment's own finding
+        for q, (tar, key) in zip(receipt.quarantined, names.of(rows), strict=True):
+            if (tar, key) != (q.tar, q.key):
+                return f"it calls row {q.row} {q.tar}/{q.key}; that row is {tar}/{key}"
         return None
 
-    def _segment_table(self, segment: Segment, space: Space) -> pa.Table:
-        """Of the segment asked for last: receipts come in the order of their rows."""
-        if self._table_of[0] != (segment.number, space):
-            self._table_of = (segment.number, space), _rows_table(self._store, segment, space)
-        return self._table_of[1]
+    def _row_names(self, segment: Segment, space: Space) -> RowNames | None:
+        """Of the segment asked for last: receipts come in the order of their rows. None if its table is damaged."""
+        if self._names_of[0] != (segment.number, space):
+            self._names_of = (segment.number, space), None
+            with contextlib.suppress(CorruptCache):
+                self._names_of = (segment.number, space), read_row_names(self._store, segment, space)
+        return self._names_of[1]
 
     def _block_objects(self, spec: FieldSpec, block: int, view: int) -> list[str]:
         paths = [object_path(spec, array, block, view) for array in spec.arrays if array.per_row]
@@ -823,22 +860,26 @@ class _Audit:
                 self._old_network(folder, files, remedy)
             return
         try:
-            stated = without_digest(loads(self._store.read(path)))["files"]
-            wrong = self._check_bytes(path) or wrong_files(stated)
+            data = self._store.read(path)
+            stated = without_digest(loads(data))["files"]
+            if wrong := self._check_bytes(data) or wrong_files(stated):
+                raise ValueError(wrong)
         except FileNotFoundError:
             return
         except (ValueError, KeyError, TypeError) as error:
-            wrong = str(error)
-        if wrong:
             self._owned |= {f"{folder}/{file}" for file in files}
-            self._add(path, f"cannot be trusted: {wrong}", **remedy)
+            self._add(path, _refusal(error), **remedy)
             return
         for file, entry in sorted(stated.items()):
             self._owned.add(f"{folder}/{file}")
             if file not in files:
                 self._add(f"{folder}/{file}", "is missing", **remedy)
-            elif sha256_of(self._store, f"{folder}/{file}") != (entry["bytes"], entry["sha256"]):
-                self._add(f"{folder}/{file}", f"holds other bytes than {NETWORK_FILES} states", **remedy)
+                continue
+            try:
+                if sha256_of(self._store, f"{folder}/{file}") != (entry["bytes"], entry["sha256"]):
+                    self._add(f"{folder}/{file}", f"holds other bytes than {NETWORK_FILES} states", **remedy)
+            except Unreadable as error:
+                self._add(f"{folder}/{file}", str(error), **remedy)
 
     def _old_network(self, folder: str, files: Mapping[str, int], remedy: dict[str, Any]) -> None:
         """Of a network without a list of its files: what model.json says of them."""
@@ -850,7 +891,7 @@ class _Audit:
             if "model.safetensors" not in files:
                 raise ValueError("model.safetensors is missing")
         except (ValueError, AttributeError) as error:
-            self._add(f"{folder}/model.json", f"cannot be trusted: {error}", **remedy)
+            self._add(f"{folder}/model.json", _refusal(error), **remedy)
         except FileNotFoundError:
             self._notes.append(f"{folder} is not finished: it lacks model.json or tokenizer.json")
 
@@ -863,15 +904,14 @@ class _Audit:
             record = loads(data)
             if self._sealed or (isinstance(record, dict) and "digest" in record):
                 without_digest(record)
-            wrong = self._check_bytes(HINTS, data)
+            if wrong := self._check_bytes(data):
+                raise ValueError(wrong)
         except FileNotFoundError:
             return
         except ValueError as error:
-            wrong = str(error)
-        if wrong:
             self._add(
                 HINTS,
-                f"cannot be trusted: {wrong}",
+                _refusal(error),
                 self._repaired_by("removes it: it only saves a scan of the tars"),
                 repairable=True,
                 drop=(HINTS,),
@@ -907,9 +947,16 @@ def _is_unfinished(path: str) -> bool:
     return any(part.startswith(".") or part.endswith(".tmp") for part in path.split("/") if part)
 
 
-def _cause(error: BaseException) -> str:
+def _block_and_view(path: str) -> tuple[int, int]:
+    """Of a receipt's path."""
+    block, _, view = path.rpartition("/")[2].removesuffix(".json").partition("-")
+    return int(block), int(view)
+
+
+def _refusal(error: BaseException) -> str:
     """Why a record was refused, without the place and the way out that its reader adds."""
-    return str(error.__cause__ or error)
+    cause = error if isinstance(error, Unreadable) else error.__cause__ or error
+    return str(cause) if isinstance(cause, Unreadable) else f"cannot be trusted: {cause}"
 
 
 def _runs(rows: np.ndarray, first_row: int) -> tuple[tuple[int, int], ...]:

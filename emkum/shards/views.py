@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import GifImagePlugin, Image, ImageEnhance, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from emkum.errors import BadPicture, SourceChanged, UsageError
+from emkum.shards.layout import MAX_VIEWS
 
 DECODER = "pillow-bicubic-draft2/1"
 """Name of the decode rule. It goes into fingerprints: change what `decode_view` returns, and change this."""
@@ -68,8 +69,8 @@ class ViewPolicy:
             raise UsageError(f"crop ratio is {_span(ratio)}", "give 0.01 <= lo <= hi <= 100, width over height")
         if not 0 <= self.jitter <= 1:
             raise UsageError(f"jitter is {self.jitter}", "give a number from 0 to 1")
-        if self.count < 1:
-            raise UsageError(f"{self.count} views a picture", "give 1 or more")
+        if not 1 <= self.count <= MAX_VIEWS:
+            raise UsageError(f"{self.count} views a picture", f"give 1 to {MAX_VIEWS:,}")
         if not -(2**63) <= self.seed < 2**63:
             raise UsageError(f"seed {self.seed} is beyond 64 bits", "give a smaller one")
         object.__setattr__(self, "crop", crop)

@@ -11,7 +11,9 @@ from emkum.shards.layout import Space, receipt_path
 from emkum.shards.ledger import receipt_names
 from emkum.stage1_extract.plan import Plan, Task
 
+REMOTE_POLL_SECONDS = 10.0  # between looks at an object store, which cost money
 SAY_SECONDS = 60.0  # between two lines about waiting
+ASKED_ONE_BY_ONE = 64  # tasks; of more, all receipts of a field are listed
 Say = Callable[[str], None]
 
 
@@ -29,6 +31,7 @@ class ClaimedBlocks:
     def rounds(self) -> Iterator[list[Task]]:
         """What is missing, again and again, until nothing is."""
         missing = list(self._plan.tasks)
+        seconds = POLL_SECONDS if self._plan.store.local is not None else REMOTE_POLL_SECONDS
         say_again = 0.0
         while missing:
             before = self._taken
@@ -39,18 +42,20 @@ class ClaimedBlocks:
                     holder = self._claims.holder_of(self._key(missing[0]))
                     self._say(f"waiting for {len(missing)} blocks of other processes, the first of {holder or 'one'}")
                     say_again = time.monotonic() + SAY_SECONDS
-                time.sleep(POLL_SECONDS)
+                time.sleep(seconds)
 
     def take(self, tasks: Sequence[Task]) -> Iterator[Task]:
         """The tasks that could be claimed, each with the fields it still lacks."""
         for task in tasks:
+            if not any(self._is_missing(task, name) for name in task.fields):
+                continue  # another process was here: no claim is made for that
             claim = self._claims.take(self._key(task))
             if claim is None:
                 continue
             if claim.generation > 1:
                 self._plan.writer.clear_block(claim.key)
-            lacking = tuple(n for n in task.fields if not self._plan.writer.is_committed(n, task.block, task.view))
-            if not lacking:
+            lacking = tuple(name for name in task.fields if self._is_missing(task, name))
+            if not lacking:  # committed between the look and the claim
                 claim.release()
                 continue
             self._taken += 1
@@ -65,14 +70,19 @@ class ClaimedBlocks:
         self._held.pop(self._place(task)).release()
 
     def _missing(self, tasks: Sequence[Task]) -> list[Task]:
-        names = {name for task in tasks for name in task.fields}
-        committed = {path for name in names for path in receipt_names(self._plan.store, name)}
-        found = []
-        for task in tasks:
-            lacking = tuple(n for n in task.fields if receipt_path(n, task.block, task.view) not in committed)
-            if lacking:
-                found.append(replace(task, fields=lacking))
-        return found
+        if len(tasks) <= ASKED_ONE_BY_ONE:
+            lacking = [tuple(name for name in task.fields if self._is_missing(task, name)) for task in tasks]
+        else:
+            names = {name for task in tasks for name in task.fields}
+            committed = {path for name in names for path in receipt_names(self._plan.store, name)}
+            lacking = [
+                tuple(name for name in task.fields if receipt_path(name, task.block, task.view) not in committed)
+                for task in tasks
+            ]
+        return [replace(task, fields=fields) for task, fields in zip(tasks, lacking, strict=True) if fields]
+
+    def _is_missing(self, task: Task, name: str) -> bool:
+        return not self._plan.writer.is_committed(name, task.block, task.view)
 
     def _key(self, task: Task) -> str:
         return block_key(self._space(task), task.block, task.view)

@@ -41,7 +41,7 @@ def encode_batch(
     found = _encode(values, storage, statistics, length, limit)
     if found is not None:
         return Rows(found, {})
-    refused = _unfit(values, storage, length, limit)
+    refused = _unfit(values, storage, statistics, length, limit)
     if on_nonfinite == "stop":
         row, reason = next(iter(refused.items()))
         raise NonFiniteFeature(
@@ -72,10 +72,11 @@ def _encode(
         real = torch.from_numpy(np.arange(values.shape[1]) < length[:, None]).to(values.device)
     scale_values = None
     if storage == "int8":
-        if not torch.isfinite(values).all():
-            return None
         assert statistics is not None
-        stored, scale_values = quantise.encode_int8(values, *statistics)
+        try:
+            stored, scale_values = quantise.encode_int8(values, *statistics)
+        except NonFiniteFeature:
+            return None
         decoded = quantise.decode_int8(stored, scale_values, *statistics)
     else:
         stored = values.to(getattr(torch, storage))
@@ -84,9 +85,9 @@ def _encode(
         decoded, values = decoded[real], values[real]
     error = decoded - values if storage != "float32" else None
     numbers = [values.min(), values.max(), values.sum(dtype=torch.float64), _squares(values)]
-    numbers += [_squares(error), error.abs().max()] if error is not None else [torch.zeros(())] * 2
-    smallest, largest, total, squares, error_squares, worst = torch.stack([n.double().cpu() for n in numbers]).tolist()
-    if not (-limit <= smallest and largest <= limit):  # also false for NaN
+    numbers += [_squares(error), error.abs().max()] if error is not None else [values.new_zeros(())] * 2
+    smallest, largest, total, squares, error_squares, worst = torch.stack([n.double() for n in numbers]).tolist()
+    if not (-limit <= smallest and largest <= limit and worst <= limit):  # also false for NaN
         return None
     summary = Summary(values.numel(), smallest, largest, total, squares, error_squares, worst)
     scale = None if scale_values is None else scale_values.cpu().numpy().astype(np.float32)
@@ -94,20 +95,45 @@ def _encode(
 
 
 def _squares(values: Tensor) -> Tensor:
-    flat = values.reshape(-1)
-    return torch.dot(flat, flat)
+    """In float64: in float32 the square of 1e20 is inf."""
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return norm.square()
 
 
-def _unfit(values: Tensor, storage: str, length: np.ndarray | None, limit: float) -> dict[int, str]:
+def _unfit(
+    values: Tensor,
+    storage: str,
+    statistics: tuple[Tensor, Tensor] | None,
+    length: np.ndarray | None,
+    limit: float,
+) -> dict[int, str]:
     """The rows that cannot be stored, and why."""
     if length is not None and values.ndim == 3 and storage != "int8":
         past = torch.from_numpy(np.arange(values.shape[1]) >= length[:, None]).to(values.device)
         values = values.masked_fill(past[..., None], 0)
     flat = values.reshape(len(values), -1)
     fit = (torch.isfinite(flat) & (flat.abs() <= limit)).all(dim=1)
+    if storage == "int8":
+        assert statistics is not None
+        fit &= _fits_int8(values, *statistics)
     reasons = {}
     for row in (~fit).nonzero().flatten().tolist():
         bad = int((~torch.isfinite(flat[row])).sum())
-        worst = float(flat[row][torch.isfinite(flat[row])].abs().max()) if bad < flat.shape[1] else 0.0
-        reasons[row] = f"{bad} values are inf or NaN" if bad else f"max |x| = {worst:g} > {limit:g} ({storage})"
+        largest = "" if bad else f"{float(flat[row].abs().max()):g}"
+        if bad:
+            reasons[row] = f"{bad} values are inf or NaN"
+        elif storage == "int8":
+            reasons[row] = f"max |x| = {largest} cannot be standardised within float32 (int8)"
+        else:
+            reasons[row] = f"max |x| = {largest} > {limit:g} ({storage})"
     return reasons
+
+
+def _fits_int8(values: Tensor, mean_D: Tensor, std_D: Tensor) -> Tensor:
+    """Of each row, whether it and what int8 makes of it are finite."""
+    scale = ((values.float() - mean_D) / std_D).abs().amax(-1)
+    finite = torch.isfinite(scale)
+    kept = torch.where(finite[..., None], values, mean_D)
+    decoded = quantise.decode_int8(*quantise.encode_int8(kept, mean_D, std_D), mean_D, std_D)
+    finite &= torch.isfinite(decoded - kept).all(-1)
+    return finite.reshape(len(values), -1).all(dim=1)

@@ -311,7 +311,7 @@ def make_plan(
     missing = {name for task in tasks for name in task.fields}
     image_pass, text_pass = (_narrowed(p, fields, missing) for p in (image_pass, text_pass))
     keys = [(t.name, s.key) for t in fresh for s in t.samples]
-    plan = Plan(
+    return Plan(
         config,
         writer,
         fields,
@@ -325,8 +325,6 @@ def make_plan(
         sum(tar.filtered for tar in tars),
         len(keys) - len({key for _, key in keys}),
     )
-    _require_room(plan)
-    return plan
 
 
 # --- networks ------------------------------------------------------------------------------------------
@@ -749,14 +747,17 @@ def _tasks(
     return tuple(tasks)
 
 
-def _require_room(plan: Plan) -> None:
-    """Raises StorageFailure if what is sure to be written does not fit; ragged text counts one tile a caption."""
+def require_room(plan: Plan) -> None:
+    """Raises StorageFailure if what is sure to be written does not fit; ragged text counts one tile a caption.
+
+    For a process that writes alone: what others have begun would count twice.
+    """
     needed = sum(plan.field_bytes(name, 1 if f.spec.kind == "ragged" else None) for name, f in plan.fields.items())
     free = plan.store.free_bytes()
     if free is not None and needed > free:
         raise StorageFailure(
             f"the missing blocks need {needed:,} bytes in {plan.store.url}, {free:,} are free",
-            f"free {needed - free:,} bytes more, use --storage int8, or fewer --targets; nothing was extracted",
+            f"free {needed - free:,} bytes more, use --storage int8, or fewer --targets",
         )
 
 

@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pkgutil
+import queue
 import re
 import signal
 import socket
@@ -21,10 +22,12 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -34,17 +37,20 @@ from emkum.errors import Interrupted, SchedulerUnreachable, WorkersDiffer, Worke
 from emkum.models.catalogue import CATALOGUE
 from emkum.shards.claims import CLAIMS, Claims, block_key
 from emkum.shards.layout import receipt_path
-from emkum.shards.ledger import read_receipt, receipt_names
+from emkum.shards.ledger import REQUESTS_AT_A_TIME, Receipt, read_receipt, receipt_names
 from emkum.shards.segments import read_captions
 from emkum.shards.store import is_url, open_store
 from emkum.shards.strict_json import loads
 from emkum.shards.writer import CacheWriter
-from emkum.stage1_extract.extract import ExtractResult, Quarantine, Say, closing_lines, extract, planned
+from emkum.stage1_extract.extract import extract, planned
 from emkum.stage1_extract.pictures import picture_table
 from emkum.stage1_extract.plan import ExtractConfig, Plan, Task, survey
+from emkum.stage1_extract.quarantine import Quarantine
+from emkum.stage1_extract.telling import ExtractResult, Say, beside_bars, closing_lines
 
 Client = Any  # Dask's classes say little to a type checker
 Future = Any
+Answer = TypeVar("Answer")
 
 POLL_SECONDS = 1.0
 REMOTE_POLL_SECONDS = 10.0  # between listings of an object store, which cost money
@@ -66,13 +72,14 @@ def extract_with_workers(config: ExtractConfig, say: Say = print) -> ExtractResu
     with contextlib.ExitStack() as held:
         client = held.enter_context(_client_of(config)) if config.scheduler is not None else None
         plan = _plan(config, say, held)
-        if not plan.tasks:
-            return ExtractResult(0, 0, 0, time.perf_counter() - started, 0.0, 0)
         bad = Quarantine(plan)
+        if not plan.tasks:
+            bad.check()
+            return ExtractResult(0, 0, 0, time.perf_counter() - started, 0.0, 0)
         committed = _Committed(plan)
         loop_started = time.perf_counter()
         client = client or held.enter_context(_client_of(config))
-        with _Team(client, config, plan, committed, _beside_bars(say)) as team, _bar(plan) as bar:
+        with _Team(client, config, plan, committed, beside_bars(say)) as team, _bar(plan) as bar:
             while not committed.all():
                 team.tend()
                 bar.set_postfix_str(f"{team.living} of {team.size} workers", refresh=False)
@@ -80,10 +87,12 @@ def extract_with_workers(config: ExtractConfig, say: Say = print) -> ExtractResu
                 time.sleep(POLL_SECONDS)
             bar.update(committed.rows - bar.n)
             team.finish()
-        bad.check()
-        bad.examples += _quarantined(plan)
+        receipts = committed.read()
+        for receipt in receipts:
+            bad.add_receipt(receipt)
+        bad.finish()
         ended = time.perf_counter()
-        num_bytes = committed.bytes()
+        num_bytes = sum(listed.bytes for receipt in receipts for listed in receipt.objects)
         result = ExtractResult(
             committed.rows, len(plan.tasks), num_bytes, ended - started, ended - loop_started, bad.new
         )
@@ -207,36 +216,15 @@ class _Committed:
         ]
         self._looked = time.monotonic()
 
-    def bytes(self) -> int:
-        """Of all objects of the plan's blocks; reads every receipt."""
-        total = 0
-        for task in self._plan.tasks:
-            for name in task.fields:
-                receipt = read_receipt(self._plan.store, receipt_path(name, task.block, task.view))
-                total += sum(listed.bytes for listed in receipt.objects)
-        return total
-
-
-def _quarantined(plan: Plan) -> list[str]:
-    """The samples that the plan's blocks leave out, with the reason."""
-    found: dict[tuple[str, str], str] = {}
-    for task in plan.tasks:
-        for name in task.fields:
-            for q in read_receipt(plan.store, receipt_path(name, task.block, task.view)).quarantined:
-                found.setdefault((q.tar, q.key), q.reason)
-    return [f"{tar}/{key}: {reason}" for (tar, key), reason in found.items()]
+    def read(self) -> list[Receipt]:
+        """The receipts of all the plan's blocks, once they are there."""
+        paths = [receipt_path(name, task.block, task.view) for task in self._plan.tasks for name in task.fields]
+        with ThreadPoolExecutor(REQUESTS_AT_A_TIME) as pool:
+            return list(pool.map(partial(read_receipt, self._plan.store), paths))
 
 
 def _bar(plan: Plan) -> tqdm:
     return tqdm(total=plan.num_rows, unit="samples", desc="rows committed", smoothing=0.05, mininterval=0.5)
-
-
-def _beside_bars(say: Say) -> Say:
-    def said(line: str) -> None:
-        with tqdm.external_write_mode():
-            say(line)
-
-    return said
 
 
 # --- the workers ---------------------------------------------------------------------------------------
@@ -309,7 +297,8 @@ class _Team:
     def _present(self) -> dict[str, dict[str, Any]]:
         """The scheduler's workers by address."""
         try:
-            return dict(self._client.scheduler_info(n_workers=-1)["workers"])
+            info = _within(CONNECT_SECONDS, partial(self._client.scheduler_info, n_workers=-1))
+            return dict(info["workers"])
         except (OSError, LookupError, RuntimeError, ValueError, TypeError) as error:  # it lost its scheduler
             if self._local:
                 raise
@@ -328,7 +317,7 @@ class _Team:
         if status == "finished":
             worker.finished = True
         elif status == "error":
-            error = worker.future.exception()
+            error = worker.future.exception(timeout=CONNECT_SECONDS)
             if not isinstance(error, KilledWorker):
                 assert isinstance(error, BaseException)
                 raise error
@@ -342,15 +331,14 @@ class _Team:
         worker = self._place_for(str(present[address].get("name", "")))
         if worker is None:
             return
-        facts = [
-            self._client.run(function, *arguments, workers=[address], on_error="return").get(address)
-            for function, *arguments in (
-                (os.getpid,),
-                (socket.gethostname,),
-                (pkgutil.resolve_name, "emkum:__version__"),
+        try:
+            pid, host, version = (
+                self._ask(address, os.getpid),
+                self._ask(address, socket.gethostname),
+                self._ask(address, pkgutil.resolve_name, "emkum:__version__"),
             )
-        ]
-        pid, host, version = facts
+        except TimeoutError:
+            return  # it is stopped, or its scheduler is: the next round sees it
         if not isinstance(pid, int) or not isinstance(host, str) or isinstance(version, OSError):
             return  # it died again: the next round sees it
         if version != emkum.__version__:
@@ -373,12 +361,17 @@ class _Team:
             work,
             self._config_of(worker),
             sharing,
+            host == socket.gethostname(),
             key=f"emkum-extract-{worker.number}-{uuid.uuid4().hex}",
             workers=[address],
             allow_other_workers=False,
             pure=False,
             retries=0,
         )
+
+    def _ask(self, address: str, function: Callable[..., object], *arguments: str) -> object:
+        run = partial(self._client.run, function, *arguments, workers=[address], on_error="return")
+        return _within(CONNECT_SECONDS, run).get(address)
 
     def _place_for(self, name: str) -> _Worker | None:
         """The empty place that a new process fills: of its own name where a nanny starts one for another.
@@ -435,11 +428,12 @@ class _Team:
             self._in_a_row.clear()
         self._receipts_at_death = self._committed.receipts
         held: list[Hashable] = [*self._held_by(worker)]
-        for key in held or [worker.number]:
-            self._in_a_row[key] += 1
-            self._deaths[key] += 1
-            if self._in_a_row[key] >= DEATHS_IN_A_ROW or self._deaths[key] >= DEATHS_OF_A_BLOCK:
-                self._give_up(worker, key)
+        keys = held or [worker.number]
+        self._in_a_row.update(keys)
+        self._deaths.update(keys)
+        deadly = [k for k in keys if self._in_a_row[k] >= DEATHS_IN_A_ROW or self._deaths[k] >= DEATHS_OF_A_BLOCK]
+        if deadly:
+            self._give_up(worker, deadly)
 
     def _held_by(self, worker: _Worker) -> list[str]:
         """Keys of the missing blocks that the dead process had claimed."""
@@ -454,19 +448,24 @@ class _Team:
                         keys.append(found[1])
         return sorted(set(keys))
 
-    def _give_up(self, worker: _Worker, key: Hashable) -> None:
+    def _give_up(self, worker: _Worker, keys: Sequence[Hashable]) -> None:
+        """keys: of the blocks that it held each time (it reads ahead: one of them is deadly), or its own number."""
         kept = "what was committed is kept"
-        if key == worker.number:
+        if keys[0] == worker.number:
             raise WorkersLost(
-                f"worker {worker.number} died {self._deaths[key]} times before it had begun a block; {kept}",
+                f"worker {worker.number} died {self._deaths[keys[0]]} times before it had begun a block; {kept}",
                 "is there memory for so many processes? Try fewer --workers or a smaller --batch-size; the kernel's "
                 "log (dmesg) names processes it killed",
             )
-        task = next(task for task in self._committed.missing if self._key(task) == key)
+        deadly = [task for task in self._committed.missing if self._key(task) in keys]
+        blocks = " and ".join(
+            f"block {task.block} (view {task.view}) of {task.fields[0]}, rows {task.first_row} to "
+            f"{task.first_row + task.rows - 1}, of {_tars(self._plan, task)}"
+            for task in deadly
+        )
         raise WorkersLost(
-            f"{self._deaths[key]} workers died while block {task.block} (view {task.view}) of {task.fields[0]} was in "
-            f"their hands: rows {task.first_row} to {task.first_row + task.rows - 1}, of {_tars(self._plan, task)}; "
-            f"{kept}",
+            f"{max(self._deaths[key] for key in keys)} workers died with {'this' if len(deadly) == 1 else 'these'} in "
+            f"their hands: {blocks}; {kept}",
             "look at these tars, and at the kernel's log (dmesg) for processes killed for memory: a smaller "
             "--batch-size or fewer --workers need less; the same command continues",
         )
@@ -534,11 +533,11 @@ def _tars(plan: Plan, task: Task) -> str:
 # --- what runs in a worker -------------------------------------------------------------------------------
 
 
-def work(config: ExtractConfig, sharing: int) -> None:
+def work(config: ExtractConfig, sharing: int, checked: bool) -> None:
     """The life of a worker, as a Dask task: claims and commits blocks until none is missing.
 
-    sharing: workers on this machine, which divide its cores. Ends early when the task is cancelled or the client that
-    asked for it is gone.
+    sharing: workers on this machine, which divide its cores. checked: the command runs here too, and has computed
+    committed rows again. Ends early when the task is cancelled or the client that asked for it is gone.
     """
     from distributed import get_worker
 
@@ -554,14 +553,16 @@ def work(config: ExtractConfig, sharing: int) -> None:
             raise Interrupted("nobody waits for this worker any more", "")
 
     def say(line: str) -> None:
-        if line.startswith("left a block"):
-            print(line, file=sys.stderr, flush=True)
+        pass  # the command says it, once
+
+    def warn(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
 
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
     before = torch.get_num_threads()
     torch.set_num_threads(share)
     try:
-        extract(replace(config, threads=config.threads or min(16, share)), say, watch)
+        extract(replace(config, threads=config.threads or min(16, share)), say, watch, warn, checked)
     finally:
         torch.set_num_threads(before)
 
@@ -618,6 +619,26 @@ def _connect(client_class: Any, address: str) -> Client:
             "start one with `dask scheduler`, and workers with `dask worker tcp://host:8786 --nthreads 1`; "
             "or leave --scheduler out and give --workers N",
         ) from None
+
+
+def _within(seconds: float, call: Callable[[], Answer]) -> Answer:
+    """What the call returns or raises. Raises TimeoutError, and leaves the call behind, if it takes longer."""
+    answers: queue.SimpleQueue[tuple[Answer | None, BaseException | None]] = queue.SimpleQueue()
+
+    def answer() -> None:
+        try:
+            answers.put((call(), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=answer, name="dask call", daemon=True).start()
+    try:
+        found, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return found  # type: ignore[return-value]
 
 
 def _block_sigint() -> None:

@@ -544,7 +544,6 @@ class BatchLoader:
         pool = ThreadPoolExecutor(self.threads or 1, thread_name_prefix="emkum-loader")
         pending: deque[Future[HostBatch]] = deque()
         submitted = self.step
-        wait_for_threads = True
         try:
             while self.step < len(self.order):
                 while submitted < min(len(self.order), self.step + 1 + self.prefetch):
@@ -558,13 +557,8 @@ class BatchLoader:
                 batch = self._awaited(pending.popleft())
                 self.step += 1
                 yield batch
-        except GeneratorExit:
-            raise
-        except BaseException:
-            wait_for_threads = False  # the reason to leave may be that one of them hangs
-            raise
-        finally:
-            pool.shutdown(wait=wait_for_threads, cancel_futures=True)
+        finally:  # after the last batch no thread reads; whoever leaves before it may do so because one of them hangs
+            pool.shutdown(wait=self.step == len(self.order), cancel_futures=True)
 
     def _awaited(self, reading: Future[HostBatch]) -> HostBatch:
         asked = time.perf_counter()

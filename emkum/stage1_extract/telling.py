@@ -1,0 +1,208 @@
+"""What a run says of itself: what there is, the bill, the bars, what was done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from tqdm import tqdm
+
+from emkum.shards.audit import readable_bytes
+from emkum.shards.layout import Space
+from emkum.stage1_extract.plan import Plan, Task
+from emkum.stage1_extract.quarantine import WORDS, Quarantine
+
+Say = Callable[[str], None]
+Watch = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class ExtractResult:
+    """What one run did. Rows count pictures (each view) and captions.
+
+    seconds: all of it. loop_seconds: decoding, forward and writing, without scans and the loading of networks.
+    """
+
+    rows: int
+    blocks: int
+    bytes: int
+    seconds: float
+    loop_seconds: float
+    quarantined: int
+
+
+def space_of(plan: Plan, task: Task) -> Space:
+    return plan.fields[task.fields[0]].spec.space
+
+
+# --- before ----------------------------------------------------------------------------------------------
+
+
+def contents_line(plan: Plan) -> str:
+    pictures = sum(s.image.rows for s in plan.segments)
+    captions = sum(s.text.rows for s in plan.segments)
+    tars = sum(len(s.sources) for s in plan.segments)
+    notes = []
+    if plan.filtered:
+        notes.append(f"{plan.filtered} samples with neither picture nor caption left out")
+    if plan.duplicate_keys:
+        notes.append(f"{plan.duplicate_keys} keys appear in several tars (identity is tar and key)")
+    both = {f.wanted.network for f in plan.fields.values() if f.wanted and f.wanted.what == "tokens"}
+    both &= {f.wanted.network for f in plan.fields.values() if f.wanted and f.wanted.what != "tokens"}
+    notes += [f"{name} is encoder and teacher: one pass" for name in sorted(both)]
+    shared = plan.image_pass.shared_blocks if plan.image_pass else {}
+    notes += [f"{name} reuses the first {n} blocks of {other}" for name, (other, n) in shared.items()]
+    text = f"split {plan.config.split}: {pictures:,} pictures and {captions:,} captions in {tars} tars"
+    return "; ".join([text, *notes])
+
+
+def bill(plan: Plan) -> list[str]:
+    """Rows, bytes and, for one process, time before they are spent; the time is measured on one batch."""
+    lines = ["to extract:"]
+    for name, field in plan.fields.items():
+        rows = sum(task.rows for task in plan.tasks if name in task.fields)
+        if rows:
+            size = plan.field_bytes(name)
+            bound = "at most " if field.spec.kind == "ragged" else ""
+            lines.append(f"  {name}: {rows:,} rows, {bound}{readable_bytes(size)} as {field.spec.storage}")
+    alone = plan.config.workers is None and plan.config.scheduler is None
+    seconds = _expected_seconds(plan) if alone else None
+    time_text = f", about {duration(seconds)} (forward only, measured on one batch)" if seconds is not None else ""
+    lines.append(f"  in all {plan.num_rows:,} rows, {readable_bytes(plan.num_bytes)}{time_text}")
+    return lines
+
+
+def _expected_seconds(plan: Plan) -> float | None:
+    batch = plan.config.batch_size
+    seconds, known = 0.0, False
+    if plan.image_pass is not None:
+        rows = sum(task.rows for task in plan.tasks if space_of(plan, task) == "image")
+        if rows > 8 * batch:
+            crops = torch.zeros(batch, plan.config.size, plan.config.size, 3, dtype=torch.uint8)
+            plan.image_pass.pictures(crops[:1])[0].cpu()  # the first pass sets the device up
+            started = time.perf_counter()
+            plan.image_pass.pictures(crops)[0].cpu()
+            seconds += (time.perf_counter() - started) * rows / batch
+            known = True
+    if plan.text_pass is not None:
+        rows = sum(task.rows for task in plan.tasks if space_of(plan, task) == "text")
+        if rows > 8 * batch:
+            ids = torch.zeros(batch, 16, dtype=torch.int64)
+            started = time.perf_counter()
+            plan.text_pass.texts(ids, torch.ones(batch, 16, dtype=torch.bool))[0].cpu()
+            seconds += (time.perf_counter() - started) * rows / batch
+            known = True
+    return seconds if known else None
+
+
+# --- meanwhile -------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """One bar: samples a second, time left, and what the loop mostly waits for. It opens with the first task.
+
+    watch: called with the rows of every batch, in place of the bar.
+    """
+
+    def __init__(self, what: str, watch: Watch | None) -> None:
+        self._what, self._watch = what, watch
+        self._left = 0
+        self._bar: tqdm | None = None
+        self._seconds = {"decode": 0.0, "forward": 0.0, "write": 0.0}
+
+    def left(self, rows: int) -> None:
+        """So many rows are missing yet: what others commit shortens the bar."""
+        self._left = rows
+        if self._bar is not None and self._bar.total != self._bar.n + rows:
+            self._bar.total = self._bar.n + rows
+            self._bar.refresh()
+
+    def opened_by(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        for task in tasks:
+            if self._bar is None and self._watch is None:
+                self._bar = tqdm(total=self._left, unit="samples", desc=self._what, smoothing=0.05, mininterval=0.5)
+            yield task
+
+    def waiting(self, stage: str) -> _Stopwatch:
+        return _Stopwatch(self._seconds, stage)
+
+    def advance(self, rows: int) -> None:
+        if self._watch is not None:
+            self._watch(rows)
+        if self._bar is not None:
+            total = sum(self._seconds.values()) or 1.0
+            slowest = max(self._seconds, key=lambda stage: self._seconds[stage])
+            self._bar.set_postfix_str(f"waits for {slowest} {self._seconds[slowest] / total:.0%}", refresh=False)
+            self._bar.update(rows)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _Stopwatch:
+    def __init__(self, seconds: dict[str, float], stage: str) -> None:
+        self._seconds, self._stage = seconds, stage
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._seconds[self._stage] += time.perf_counter() - self._started
+
+
+def beside_bars(say: Say) -> Say:
+    """Says lines without tearing the bars that are open."""
+
+    def said(line: str) -> None:
+        with tqdm.external_write_mode():
+            say(line)
+
+    return said
+
+
+# --- afterwards ------------------------------------------------------------------------------------------
+
+
+def closing_lines(plan: Plan, bad: Quarantine, result: ExtractResult) -> list[str]:
+    """What a finished run says of itself."""
+    rate = result.rows / result.seconds if result.seconds else 0.0
+    lines = [
+        *(line for space in bad.spaces for line in _conservation(plan, bad, space)),
+        f"committed {result.blocks} blocks of rows, {readable_bytes(result.bytes)}, {result.rows:,} rows "
+        f"in {duration(result.seconds)} ({rate:,.0f} rows/s)",
+    ]
+    if plan.config.split == "train":
+        lines.append(f"next: emkum train --cache {plan.config.cache}")
+    return lines
+
+
+def _conservation(plan: Plan, bad: Quarantine, space: Space) -> list[str]:
+    """Those left out, and that everything seen is accounted for; of captions only if some are left out."""
+    count, total = bad.count(space), bad.total(space)
+    if space == "text" and not count:
+        return []
+    filtered = plan.filtered if space == "image" else 0
+    left_out = f" + {filtered} filtered" if space == "image" else ""
+    return [
+        *(f"quarantined {reason}" for reason in bad.first(space)),
+        f"seen {total + filtered:,} = {total - count:,} ok + {count} quarantined{left_out} ({WORDS[space]})",
+    ]
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
