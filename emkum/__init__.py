@@ -1,3 +1,3 @@
 """emkum: distil self-supervised teachers into small students, from a cache computed once."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -29,6 +30,7 @@ app = typer.Typer(
 cache_app = typer.Typer(help="Look at a cache, check it, repair it.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # HUP: the terminal, or ssh, went away
 MANY = ("--data", "--teacher", "--set", "--images", "--texts")  # options that take every word up to the next option
 
 
@@ -232,7 +234,7 @@ def extract(
 
 @app.command()
 def train(
-    cache: CacheOption = "./shards",
+    cache: Annotated[str, typer.Option("--cache", help="Folder of the cache.")] = "./shards",
     recipe: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -599,6 +601,12 @@ def _place(text: str) -> Path | str:
     """A folder, or the URL of one in an object store."""
     from emkum.shards.store import is_url
 
+    if text.startswith("memory:"):
+        raise UsageError(f"{text} is gone when this command ends", "name a folder, or an object store")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", text):
+        raise UsageError(f"{text} is neither a folder nor a URL", "a URL has two slashes, as s3://bucket/folder")
+    if not is_url(text) and Path(text).exists() and not Path(text).is_dir():
+        raise UsageError(f"{text} is a file", "--cache names the folder of a cache")
     return text if is_url(text) else Path(text)
 
 
@@ -644,7 +652,7 @@ def _spread(arguments: list[str]) -> list[str]:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    for either in (signal.SIGINT, signal.SIGTERM):  # a second signal ends at once; nothing committed is at risk
+    for either in STOPPING:  # a second signal ends at once; nothing committed is at risk
         signal.signal(either, signal.SIG_DFL)
     raise Interrupted(
         f"stopped by {signal.Signals(number).name}; what was committed is kept", "the same command continues"
@@ -688,7 +696,7 @@ def _fail(line: str, code: int) -> int:
 
 def main() -> None:
     """Entry point of the `emkum` command."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, _interrupt)
     code = run(sys.argv[1:])
     sys.stdout.flush()

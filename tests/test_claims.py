@@ -510,3 +510,29 @@ def test_eight_processes_commit_every_block_once(tmp_path: Path, run: int) -> No
         assert (tmp_path / "eight" / path.relative_to(tmp_path / "one")).read_bytes() == path.read_bytes()
     leftovers = [p.name for p in (tmp_path / "eight" / CLAIMS).iterdir()]
     assert killed is not None or leftovers == []
+
+
+# --- records that were lost --------------------------------------------------------------------------------
+
+
+def test_a_lost_segment_is_never_replaced_by_other_samples(tmp_path: Path) -> None:
+    writer = a_cache(tmp_path)
+    commit(writer, 1, 1.0)
+    before = committed(tmp_path)
+    shutil.rmtree(tmp_path / "_emkum/segments/0")
+    for use in (
+        lambda: Cache.open(tmp_path),
+        lambda: CacheWriter(tmp_path).require_segments(),
+        lambda: a_cache(tmp_path),
+    ):
+        with pytest.raises(errors.CorruptCache, match=r"segments/0 is missing, and blocks of .* belong to it"):
+            use()
+    left = {name: data for name, data in before.items() if "segments" not in name}
+    assert committed(tmp_path) == left
+
+
+def test_receipts_without_a_field_record_are_no_cache_without_the_field(tmp_path: Path) -> None:
+    commit(a_cache(tmp_path), 0, 1.0)
+    (tmp_path / "_emkum/fields" / f"{FIELD.name}.json").unlink()
+    with pytest.raises(errors.CorruptCache, match="has receipts of the field .*, whose record is missing"):
+        Cache.open(tmp_path)

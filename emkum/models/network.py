@@ -220,7 +220,8 @@ def load_saved(folder: Path | str) -> Network:
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise CorruptCache(
-            f"{folder} holds no whole network: {error}", "save it again, or restore the folder"
+            f"{folder} holds no whole network: {error}",
+            "restore the folder; in a cache, `emkum cache repair` drops it and the same extract command keeps it again",
         ) from error
     for what, found, said in (
         ("weights", weights_digest(network.backbone), record["weights_sha256"]),

@@ -39,6 +39,7 @@ def describe(cache: Cache) -> dict[str, Any]:
             "tars": sum(len(s.sources) for s in segments),
             "pictures": sum(s.image.rows for s in segments),
             "captions": sum(s.text.rows for s in segments),
+            "truncated": [{"tar": x.tar, "byte": x.truncated} for s in segments for x in s.sources if x.truncated],
             "views": next((s.views.name for s in segments if s.image.rows), None),
         }
     fields = {name: _describe_field(cache, field) for name, field in cache.fields.items()}
@@ -104,6 +105,7 @@ def table(description: dict[str, Any]) -> str:
             f"split {split}: {s['pictures']:,} pictures, {s['captions']:,} captions, {s['tars']} tars "
             f"in {s['segments']} segments" + (f", views {s['views']}" if s["views"] else "")
         )
+        lines += [f"  {t['tar']} was cut off at byte {t['byte']:,}: its whole samples are in" for t in s["truncated"]]
     if not description["splits"]:
         lines.append("no segment yet: nothing was extracted")
     header = ("field", "rows", "row", "stored as", "bytes", "error", "fingerprint", "missing")

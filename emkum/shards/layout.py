@@ -23,6 +23,7 @@ TEXT_TILE = 16  # text positions in one inner chunk of a ragged field
 RECORDS = "_emkum"
 
 Space = Literal["image", "text"]
+SPACES: tuple[Space, ...] = ("image", "text")
 Kind = Literal["tokens", "crops", "boxes", "pooled", "ids", "ragged", "text_pooled"]
 
 KIND_SPACE: dict[Kind, Space] = {

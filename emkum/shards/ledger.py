@@ -24,6 +24,7 @@ from emkum.shards.store import Store, read_small
 from emkum.shards.strict_json import loads
 
 REQUESTS_AT_A_TIME = 16
+_RECEIPT_NAME = re.compile(r"([0-9]{6,})-[0-9]+\.json")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,19 @@ def receipt_names(store: Store, field: str) -> list[str]:
     """Paths of all receipts of a field."""
     folder = f"{RECORDS}/receipts/{field}"
     names = store.names(folder)
-    return [f"{folder}/{name}" for name in sorted(names) if re.fullmatch(r"[0-9]{6,}-[0-9]+\.json", name)]
+    return [f"{folder}/{name}" for name in sorted(names) if _RECEIPT_NAME.fullmatch(name)]
+
+
+def receipt_fields(store: Store, folder: str = f"{RECORDS}/receipts") -> list[str]:
+    """Names of all fields that have receipts, whether they have a record or not."""
+    found = []
+    names = store.names(folder)
+    if any(_RECEIPT_NAME.fullmatch(name) for name in names):
+        found.append(folder.removeprefix(f"{RECORDS}/receipts/"))
+    for name in sorted(names):
+        if not name.endswith((".json", ".tmp")) and not name.startswith("."):
+            found += receipt_fields(store, f"{folder}/{name}")
+    return found
 
 
 def read_receipts(store: Store, field: str) -> dict[tuple[int, int], Receipt]:
@@ -123,6 +136,12 @@ def _to_json(receipt: Receipt) -> dict[str, Any]:
         "error": receipt.error,
         "quarantined": [{"row": q.row, "tar": q.tar, "key": q.key, "reason": q.reason} for q in receipt.quarantined],
     }
+
+
+def last_block(store: Store, field: str) -> int:
+    """The highest number of a block with a receipt, by the receipts' names; -1 if there is none."""
+    names = store.names(f"{RECORDS}/receipts/{field}")
+    return max((int(found[1]) for name in names if (found := _RECEIPT_NAME.fullmatch(name))), default=-1)
 
 
 def read_receipt(store: Store, path: str) -> Receipt:

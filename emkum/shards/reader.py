@@ -30,15 +30,30 @@ from emkum.shards.layout import (
     model_dir,
     object_path,
 )
-from emkum.shards.ledger import CommittedObject, Receipt, field_record_paths, read_field_record, read_receipts
-from emkum.shards.segments import CAPTIONS, SAMPLES, Segment, read_captions, read_samples, read_segments
-from emkum.shards.store import RangeReader, Store, open_store
+from emkum.shards.ledger import (
+    CommittedObject,
+    Receipt,
+    field_record_paths,
+    read_field_record,
+    read_receipts,
+    receipt_fields,
+)
+from emkum.shards.segments import (
+    CAPTIONS,
+    SAMPLES,
+    Segment,
+    read_captions,
+    read_samples,
+    read_segments,
+    require_segment,
+)
+from emkum.shards.store import RangeReader, Store, exists, open_store
 from emkum.shards.writer import ABSENT, read_root
 
 MAX_OPEN_SHARDS = 256
 _REPAIR = (
-    "`emkum cache repair` drops what is damaged, and the same extract command redoes exactly that; "
-    "or restore the object from a copy of the cache"
+    "`emkum cache repair` with this cache's folder drops what is damaged, and the same extract command redoes exactly "
+    "that; or restore the object from a copy of the cache"
 )
 
 
@@ -72,6 +87,14 @@ class Cache:
         for path in paths:
             field = Field(store, segments, rows_per_block, read_field_record(store, path), shards)
             fields[field.name] = field
+        if only is None:
+            for name in receipt_fields(store):
+                if name not in fields and not exists(store, field_record_path(name)):
+                    raise CorruptCache(
+                        f"{store.url} has receipts of the field {name}, whose record is missing",
+                        "the same extract command writes the record again and keeps the blocks; or restore it from a "
+                        "copy of the cache",
+                    )
         return cls(store, uuid, rows_per_block, segments, fields)
 
     @property
@@ -151,6 +174,8 @@ class Field:
         self._segments = segments
         known = {segment.number for segment in segments}
         found = read_receipts(store, self.spec.name)
+        for number in sorted({receipt.segment for receipt in found.values()} - known):
+            require_segment(store, number, self.spec.name)  # one that was added meanwhile is not part of the snapshot
         self.receipts = {place: receipt for place, receipt in found.items() if receipt.segment in known}
         for receipt in self.receipts.values():
             span = segments[receipt.segment].span(self.spec.space)

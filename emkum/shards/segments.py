@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from emkum.errors import AnotherWriter, CorruptCache, IdentityMismatch, SourceChanged, UsageError
 from emkum.shards.layout import MAX_ROWS, RECORDS, Space, canonical_json, pretty_json, segment_dir
-from emkum.shards.store import Store, read_small
+from emkum.shards.store import Store, exists, read_small
 from emkum.shards.strict_json import loads
 from emkum.shards.strict_parquet import MAX_ROWS_PER_BYTE, batches, open_table
 from emkum.shards.tars import SourceTar
@@ -121,6 +121,15 @@ def read_segments(store: Store) -> list[Segment]:
     return [read_segment(store, number) for number in numbers]
 
 
+def require_segment(store: Store, number: int, field: str) -> None:
+    """Raises CorruptCache if a segment that has receipts is not there."""
+    if not exists(store, f"{segment_dir(number)}/{SEGMENT_JSON}"):
+        raise CorruptCache(
+            f"{store.where(segment_dir(number))} is missing, and blocks of {field} belong to it",
+            "finish copying the cache, or restore the segment from a copy; without it nobody knows what its rows are",
+        )
+
+
 def read_samples(store: Store, segment: Segment) -> pa.Table:
     return _read_table(store, segment, "samples.parquet", SAMPLES)
 
@@ -152,7 +161,9 @@ def new_sources(segments: Sequence[Segment], split: str, tars: Sequence[SourceTa
                 f"{tar.path} is not the {tar.name} that segment {segment.number} was extracted from{was}: "
                 f"{source.bytes} bytes, sha256 {source.sha256[:12]}... then; "
                 f"{tar.bytes} bytes, sha256 {tar.sha256[:12]}... now",
-                "restore the old file, give the new one another name, or write to another folder with --cache",
+                "restore the old file, give the new one another name, or write to another folder with --cache"
+                if source.truncated is None
+                else "write to another folder with --cache: under another name its first samples would come twice",
             )
         require_split(segments, split, tar.name)
     return fresh

@@ -193,6 +193,7 @@ class _Audit:
         self._owned: set[str] = set()
         self._segments: dict[int, Segment | None] = {}  # None: damaged
         self._fields: dict[str, _KnownField] = {}
+        self._segment_lost = False  # receipts belong to one that is not there
         self._lost_fields: set[str] = set()  # whose record is damaged
         self._blocks: list[_Block] = []
         self._done_bytes = self._all_bytes = self._num_objects = 0
@@ -566,7 +567,7 @@ class _Audit:
         if type(rows) is not int or type(found_views) is not int or rows % self._rows_per_block:
             raise ValueError(f"its shape is {shape!r}"[:200])
         most = max((s.span(spec.space).blocks(self._rows_per_block).stop for s in self._good_segments()), default=0)
-        if None in self._segments.values():
+        if self._segment_lost or None in self._segments.values():
             most = rows
         found_blocks = rows // self._rows_per_block
         if not blocks <= found_blocks <= max(most, blocks) or not views <= found_views <= MAX_VIEWS:
@@ -596,6 +597,7 @@ class _Audit:
         found = self._read_ahead([path for _, _, path, _ in known_paths])
         for (_, _, path, known), (receipt, refused) in zip(known_paths, found, strict=True):
             self._take_receipt(known, path, receipt, refused, unknown)
+        self._segment_lost = bool(unknown)
         for number, paths in sorted(unknown.items()):
             self._add(segment_dir(number), f"is missing: {len(paths)} receipts belong to it, the first {min(paths)}")
 

@@ -22,6 +22,7 @@ from emkum.shards.layout import (
     FORMAT,
     MAX_ROWS_PER_BLOCK,
     RECORDS,
+    SPACES,
     ArraySpec,
     FieldSpec,
     array_metadata,
@@ -40,6 +41,7 @@ from emkum.shards.ledger import (
     Quarantined,
     Receipt,
     field_record_paths,
+    last_block,
     read_field_record,
     read_receipt,
     read_receipts,
@@ -47,7 +49,7 @@ from emkum.shards.ledger import (
     with_digest,
     write_receipt,
 )
-from emkum.shards.segments import Segment, Span, append_segment, read_segments
+from emkum.shards.segments import Segment, Span, append_segment, read_segments, require_segment
 from emkum.shards.store import Store, exists, open_store, sha256_of
 from emkum.shards.strict_json import loads
 from emkum.shards.tars import SourceTar
@@ -163,11 +165,29 @@ class CacheWriter:
             self.store.create_folder(folder, whole)
 
     def append_segment(self, split: str, views: ViewPolicy, tars: Sequence[SourceTar]) -> Segment:
-        """Adds the samples of `tars`; rows exist from now on, their blocks are committed one by one."""
+        """Adds the samples of `tars`; rows exist from now on, their blocks are committed one by one.
+
+        Raises CorruptCache if blocks lie where the new ones would: they belong to a segment that was lost.
+        """
         self._check()
+        self.require_segments()
         segment = append_segment(self.store, self.segments, split, views, tars, self.rows_per_block)
         self.segments.append(segment)
         return segment
+
+    def require_segments(self) -> None:
+        """Raises CorruptCache if a field has blocks of a segment that is not there."""
+        ends = {
+            space: max((s.span(space).blocks(self.rows_per_block).stop for s in self.segments), default=0)
+            for space in SPACES
+        }
+        for path in field_record_paths(self.store):
+            try:
+                field = field_from_record(read_field_record(self.store, path))
+            except CorruptCache:  # `verify` and whoever opens it speak of it
+                continue
+            if last_block(self.store, field.name) >= ends[field.space]:
+                require_segment(self.store, len(self.segments), field.name)
 
     def field_record(self, name: str) -> dict[str, Any] | None:
         """The record of a field that exists, or None."""

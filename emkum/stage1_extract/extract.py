@@ -113,6 +113,10 @@ def planned(found: Survey, claims: Claims, say: Say, with_bill: bool = True, che
     if not claims.writers():  # others' unfinished blocks take room already, and are among the missing ones
         require_room(plan)
     plan.writer.clear_unfinished(claims)
+    for tar in found.tars:
+        if tar.truncated_at is not None:
+            kept = f"its {len(tar.samples)} whole samples are kept, the rest is lost"
+            say(f"{tar.name} ends at byte {tar.truncated_at:,} without end-of-archive: {kept}")
     say(contents_line(plan))
     lost = [name for name in plan.fields if plan.receipts[name] and plan.writer.field_record(name) is None]
     if lost and not plan.tasks:

@@ -289,6 +289,7 @@ def make_plan(
     )
     for field in fields.values():
         _check_record(writer, field)
+    writer.require_segments()
     receipts = {name: writer.receipts(name) for name in fields}
     _require_objects(found.store, receipts)
     names = {tar.name for tar in tars} | {os.path.basename(path) for path in found.known}
@@ -298,7 +299,9 @@ def make_plan(
     adds = bool(fresh or _tasks(config, writer.rows_per_block, fields, segments, receipts))
     if adds and any(receipts.values()):
         paths = _at_hand(writer.segments, where, memory)
-        check(Committed(config, found.store, fields, receipts, image_pass, text_pass, tokenizer, paths))
+        recorded = {name: field for name, field in fields.items() if writer.field_record(name) is not None}
+        held = {name: receipts[name] for name in recorded}
+        check(Committed(config, found.store, recorded, held, image_pass, text_pass, tokenizer, paths))
     _keep_networks(writer, networks)
     if fresh:
         writer.append_segment(config.split, config.policy, fresh)
@@ -452,7 +455,7 @@ def _keep_networks(writer: CacheWriter, networks: _Networks) -> None:
             raise FingerprintMismatch(
                 f"{store.url} keeps a network {network.name} with weights {weights[:12]}...; this one has "
                 f"{network.weights_sha256[:12]}..." + (", another shape" if weights == network.weights_sha256 else ""),
-                "name its folder otherwise, or write to another folder with --cache",
+                "give this network another name with --name or in its config, or write to another folder with --cache",
             )
 
 

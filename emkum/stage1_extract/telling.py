@@ -194,8 +194,11 @@ def _conservation(plan: Plan, bad: Quarantine, space: Space) -> list[str]:
         return []
     filtered = plan.filtered if space == "image" else 0
     left_out = f" + {filtered} filtered" if space == "image" else ""
+    named = bad.first(space)
+    more = count - len(named)
     return [
-        *(f"quarantined {reason}" for reason in bad.first(space)),
+        *(f"quarantined {reason}" for reason in named),
+        *([f"and {more} more: emkum cache quarantine {plan.store.url}"] if more > 0 else []),
         f"seen {total + filtered:,} = {total - count:,} ok + {count} quarantined{left_out} ({WORDS[space]})",
     ]
 
