@@ -534,5 +534,5 @@ def test_a_lost_segment_is_never_replaced_by_other_samples(tmp_path: Path) -> No
 def test_receipts_without_a_field_record_are_no_cache_without_the_field(tmp_path: Path) -> None:
     commit(a_cache(tmp_path), 0, 1.0)
     (tmp_path / "_emkum/fields" / f"{FIELD.name}.json").unlink()
-    with pytest.raises(errors.CorruptCache, match="has receipts of the field .*, whose record is missing"):
+    with pytest.raises(errors.CorruptCache, match=r"has receipts of the field .*, whose record is missing"):
         Cache.open(tmp_path)
