@@ -13,7 +13,7 @@ import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ from emkum.models.tokenizer import text_ids
 from emkum.shards.audit import describe
 from emkum.shards.claims import Claims
 from emkum.shards.reader import Cache
+from emkum.shards.store import LocalStore
 from emkum.shards.views import Box, replay_view
 from emkum.stage1_extract import claimed
 from emkum.stage1_extract import extract as extract_module
@@ -115,13 +116,9 @@ def _named(network: Network) -> Network:
     return replace(network, weights_sha256=weights_digest(network.backbone))
 
 
-@pytest.fixture
-def config(tmp_path: Path, networks: Path) -> ExtractConfig:
-    """40 pictures in two tars, blocks of 16 rows, float32."""
-    (tmp_path / "tars").mkdir()
-    make_tar(tmp_path / "tars" / "a.tar", 24)
-    make_tar(tmp_path / "tars" / "b.tar", 16, seed=1)
-    return ExtractConfig(
+def tiny_config(tmp_path: Path, networks: Path, **changes: Any) -> ExtractConfig:
+    """Of the tars in `tmp_path`/tars: the tiny picture network, blocks of 16 rows, everything in float32."""
+    config = ExtractConfig(
         teacher=(str(networks / "vit"),),
         data=(str(tmp_path / "tars"),),
         cache=tmp_path / "cache",
@@ -135,6 +132,16 @@ def config(tmp_path: Path, networks: Path) -> ExtractConfig:
         rows_per_block=16,
         device="cpu",
     )
+    return replace(config, **changes)
+
+
+@pytest.fixture
+def config(tmp_path: Path, networks: Path) -> ExtractConfig:
+    """40 pictures in two tars, blocks of 16 rows, float32."""
+    (tmp_path / "tars").mkdir()
+    make_tar(tmp_path / "tars" / "a.tar", 24)
+    make_tar(tmp_path / "tars" / "b.tar", 16, seed=1)
+    return tiny_config(tmp_path, networks)
 
 
 def quiet(config: ExtractConfig) -> list[str]:
@@ -381,6 +388,26 @@ def test_a_low_cut_of_a_network_that_borrows_its_blocks(networks: Path) -> None:
     part = FrozenPass([vit, tail], wanted, "float32", "cpu")
     torch.testing.assert_close(part.pictures(crops, wanted[1:2])[0], together[1], rtol=1e-6, atol=1e-6)
     assert part.block_runs == 1
+
+
+# --- what a dead process left ------------------------------------------------------------------------------
+
+
+def test_a_block_that_a_dead_process_left_untrue_is_done_again_by_the_same_command(config: ExtractConfig) -> None:
+    """Its receipt lists other bytes than lie there, of the same length: found because of the claim it left."""
+    quiet(config)
+    whole = objects(config.cache)
+    store = LocalStore(config.cache)
+    name = next(n for n in whole if n.startswith("teacher/vit/image/cls/values/c.1."))
+    (config.cache / name).write_bytes(whole[name][::-1])
+    left = Claims(store).take("image-000001-0")
+    assert left is not None
+    record = json.loads(store.read(left.path))
+    store.write(left.path, json.dumps(record | {"pid": 2**22 + 1}).encode())  # no process has such a number
+    lines = quiet(config)
+    assert any("to extract" in line for line in lines), lines
+    assert objects(config.cache) == whole
+    assert not list((config.cache / "_emkum/claims").iterdir())
 
 
 # --- bad pictures ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_extract import make_tar, word_tokenizer
+from test_extract import make_tar, quiet, tiny_config, word_tokenizer
 from tiny_cache import tiny_network
 
 from emkum import errors
@@ -24,7 +24,6 @@ from emkum.shards.views import ViewPolicy
 from emkum.shards.writer import CacheWriter
 from emkum.stage1_extract import extract as extract_module
 from emkum.stage1_extract import plan as plan_module
-from emkum.stage1_extract.extract import extract
 from emkum.stage1_extract.plan import ExtractConfig
 
 CLS = "teacher/vit/image/cls"
@@ -60,27 +59,7 @@ def config(tmp_path: Path, networks: Path) -> ExtractConfig:
     """24 pictures and 24 captions, blocks of 16 rows."""
     (tmp_path / "tars").mkdir()
     make_tar(tmp_path / "tars" / "a.tar", 24, captions=1)
-    return ExtractConfig(
-        teacher=(str(networks / "vit"),),
-        data=(str(tmp_path / "tars"),),
-        cache=tmp_path / "cache",
-        text_encoder=str(networks / "text"),
-        cut=2,
-        targets=("cls",),
-        size=16,
-        storage="float32",
-        compute="float32",
-        max_tokens=16,
-        batch_size=8,
-        rows_per_block=16,
-        device="cpu",
-    )
-
-
-def quiet(config: ExtractConfig) -> list[str]:
-    lines: list[str] = []
-    extract(config, say=lines.append)
-    return lines
+    return tiny_config(tmp_path, networks, targets=("cls",))
 
 
 def everything(cache: Path) -> dict[str, bytes]:

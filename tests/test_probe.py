@@ -15,7 +15,7 @@ import PIL
 import pytest
 import torch
 from PIL import Image
-from test_extract import make_tar, word_tokenizer
+from test_extract import make_tar, quiet, tiny_config, word_tokenizer
 from tiny_cache import tiny_network
 
 import emkum
@@ -56,26 +56,13 @@ def config(tmp_path: Path, networks: Path) -> ExtractConfig:
     (tmp_path / "tars").mkdir()
     make_tar(tmp_path / "tars" / "a.tar", 24)
     make_tar(tmp_path / "tars" / "b.tar", 16, seed=1)
-    return ExtractConfig(
+    return tiny_config(
+        tmp_path,
+        networks,
         teacher=(str(networks / "vit"), str(networks / "text")),
-        data=(str(tmp_path / "tars"),),
-        cache=tmp_path / "cache",
+        text_encoder=None,
         targets=("cls", "layers"),
-        cut=2,
-        size=16,
-        storage="float32",
-        compute="float32",
-        max_tokens=16,
-        batch_size=8,
-        rows_per_block=16,
-        device="cpu",
     )
-
-
-def quiet(config: ExtractConfig) -> list[str]:
-    lines: list[str] = []
-    extract(config, say=lines.append)
-    return lines
 
 
 def forget(cache: Path, block: int, view: int = 0, fields: tuple[str, ...] = (*IMAGE_FIELDS, *TEXT_FIELDS)) -> None:

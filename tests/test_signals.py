@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT in every phase of `emkum extract`: it ends with 75 and one line, and the same command goes on."""
+"""SIGTERM, SIGINT, SIGHUP in every phase of `emkum extract`: 75 and one line, and the same command goes on."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def check_ended(cache: Path, finished_blocks: int) -> None:
 def test_a_signal_in_any_phase_ends_with_75_and_the_same_command_goes_on(
     phase: Phase, extraction: Extraction, wholes: dict[tuple[str, ...], str], tmp_path: Path
 ) -> None:
-    number = (signal.SIGTERM, signal.SIGINT)[(SHORT + LONG).index(phase) % 2]
+    number = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[(SHORT + LONG).index(phase) % 3]
     cache, sign = tmp_path / "cache", tmp_path / "sign"
     module, function, call = phase.module, phase.function, phase.number
     if function == "write_receipt_of_the_last":  # tokens, cls and boxes of three blocks

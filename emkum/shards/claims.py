@@ -26,7 +26,7 @@ from emkum.shards.strict_json import loads
 
 CLAIMS = f"{RECORDS}/claims"
 HEARTBEAT_SECONDS = 5.0
-STALE_SECONDS = 60.0  # without a heartbeat for so long, a holder on another machine counts as dead
+STALE_SECONDS = 60.0  # without a heartbeat for so long, a holder counts as dead
 POLL_SECONDS = 0.5
 
 
@@ -91,7 +91,6 @@ class Claims:
         """The time in which one process alone opens or grows the cache; from then on it counts as a writer.
 
         `check_planning` belongs before everything that is written meanwhile.
-
         join: work beside other writers, and wait for one that is planning. Else AnotherWriter is raised if there is
         one, naming host, process and last heartbeat. Unfinished writes of dead processes are removed.
         """
@@ -140,7 +139,7 @@ class Claims:
     def writers(self, drop_dead: bool = False) -> list[tuple[Holder, float]]:
         """The other living processes that write or plan, with the seconds since their last heartbeat."""
         found = {}
-        for name in self.store.list(CLAIMS):
+        for name in self.store.names(CLAIMS):
             if re.fullmatch(r"writer-[0-9a-f]+\.json|(plan|(image|text)-[0-9]+-[0-9]+)\.[0-9]+\.json", name):
                 path = f"{CLAIMS}/{name}"
                 holder, seconds = self._holder(path)
@@ -154,7 +153,7 @@ class Claims:
 
     def dead_keys(self) -> list[str]:
         """Keys whose last holder is dead and left its claim behind."""
-        keys = {found[1] for name in self.store.list(CLAIMS) if (found := _BLOCK_CLAIM.fullmatch(name))}
+        keys = {found[1] for name in self.store.names(CLAIMS) if (found := _BLOCK_CLAIM.fullmatch(name))}
         dead = []
         for key in sorted(keys):
             last = self._generations(key)
@@ -230,7 +229,7 @@ class Claims:
 
     def _generations(self, key: str) -> list[int]:
         pattern = re.compile(rf"{re.escape(key)}\.([0-9]{{1,9}})\.json")
-        return sorted(int(found[1]) for name in self.store.list(CLAIMS) if (found := pattern.fullmatch(name)))
+        return sorted(int(found[1]) for name in self.store.names(CLAIMS) if (found := pattern.fullmatch(name)))
 
     def _record(self, abandoned: bool = False) -> bytes:
         me = self._me
@@ -300,7 +299,9 @@ class Claims:
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
             with self._beating:
-                for path in [*self._held, *([self._writer] if self._writer else [])]:
+                with self._lock:
+                    paths = [*self._held, *([self._writer] if self._writer else [])]
+                for path in paths:
                     if path != self._writer and path not in self._held:
                         continue  # released meanwhile
                     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import posixpath
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,17 @@ def write_receipt(store: Store, receipt: Receipt) -> bool:
 
 def receipt_bytes(receipt: Receipt) -> bytes:
     return pretty_json(with_digest(_to_json(receipt)))
+
+
+def require_fingerprint(store: Store, receipts: Iterable[Receipt], fingerprint_digest: str) -> None:
+    """Raises CorruptCache for a receipt of a field that was computed otherwise."""
+    for receipt in receipts:
+        if receipt.fingerprint_digest != fingerprint_digest:
+            raise CorruptCache(
+                f"receipt of {receipt.field} block {receipt.block}-{receipt.view} belongs to fingerprint "
+                f"{str(receipt.fingerprint_digest)[:12]}..., the field has {fingerprint_digest[:12]}...",
+                f"`emkum cache repair {store.url}` drops it; the same extract command redoes its block",
+            )
 
 
 def receipt_names(store: Store, field: str) -> list[str]:

@@ -37,6 +37,7 @@ from emkum.shards.ledger import (
     read_field_record,
     read_receipts,
     receipt_fields,
+    require_fingerprint,
 )
 from emkum.shards.segments import (
     CAPTIONS,
@@ -187,12 +188,7 @@ class Field:
                     f"{receipt.first_row + receipt.rows - 1}, segment {receipt.segment} has others there",
                     _REPAIR,
                 )
-            if receipt.fingerprint_digest != record["fingerprint_digest"]:
-                raise CorruptCache(
-                    f"receipt of {self.name} block {receipt.block}-{receipt.view} belongs to fingerprint "
-                    f"{str(receipt.fingerprint_digest)[:12]}..., the field has {record['fingerprint_digest'][:12]}...",
-                    _REPAIR,
-                )
+        require_fingerprint(store, self.receipts.values(), record["fingerprint_digest"])
         self._blocks: dict[tuple[str, int, int], np.ndarray] = {}
         self._statistics: dict[str, np.ndarray] = {}
         self._bad_rows: dict[tuple[int, int], frozenset[int]] = {}

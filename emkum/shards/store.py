@@ -17,8 +17,7 @@ from typing import Protocol
 from emkum.errors import StorageFailure
 from emkum.shards import durable
 from emkum.shards.durable import DurableFile, create_file, create_folder, write_file
-
-SMALL_BYTES = 64 << 20  # of a record; more is none of ours
+from emkum.shards.strict_json import MAX_BYTES
 
 
 class ObjectWriter(Protocol):
@@ -251,9 +250,9 @@ def _past(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
 
 
 def read_small(store: Store, path: str) -> bytes:
-    """A record. Raises ValueError for something too large to be one, FileNotFoundError."""
+    """A JSON record. Raises ValueError for something too large to be one, FileNotFoundError."""
     size = store.size(path)
-    if size > SMALL_BYTES:
+    if size > MAX_BYTES:
         raise ValueError(f"it has {size:,} bytes")
     return store.read(path)
 

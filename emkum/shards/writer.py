@@ -46,11 +46,12 @@ from emkum.shards.ledger import (
     read_receipt,
     read_receipts,
     receipt_bytes,
+    require_fingerprint,
     with_digest,
     write_receipt,
 )
 from emkum.shards.segments import Segment, Span, append_segment, read_segments, require_segment
-from emkum.shards.store import Store, exists, open_store, sha256_of
+from emkum.shards.store import Store, exists, open_store, read_small, sha256_of
 from emkum.shards.strict_json import loads
 from emkum.shards.tars import SourceTar
 from emkum.shards.views import ViewPolicy
@@ -63,7 +64,9 @@ MARKS = 4  # chunks of a shard whose checksums its receipt repeats
 def read_root(store: Store) -> tuple[str, int]:
     """(uuid, rows per block) of a cache. Raises NotACache, NewerFormat, CorruptCache."""
     try:
-        data = store.read("zarr.json")
+        data = read_small(store, "zarr.json")
+    except ValueError as error:
+        raise CorruptCache(f"{store.where('zarr.json')} cannot be read: {error}", _RESTORE) from error
     except FileNotFoundError:
         if "segments" in store.list(RECORDS):
             raise CorruptCache(f"{store.where('zarr.json')} is missing", _RESTORE) from None
@@ -271,13 +274,8 @@ class CacheWriter:
         """The field's committed blocks, by (block, view)."""
         found = read_receipts(self.store, field)
         record = self.field_record(field) if found else None
-        for receipt in found.values():
-            if record is not None and receipt.fingerprint_digest != record["fingerprint_digest"]:
-                raise CorruptCache(
-                    f"receipt of {field} block {receipt.block}-{receipt.view} belongs to fingerprint "
-                    f"{str(receipt.fingerprint_digest)[:12]}..., the field has {record['fingerprint_digest'][:12]}...",
-                    f"`emkum cache repair {self.store.url}` drops it; the same extract command redoes its block",
-                )
+        if record is not None:
+            require_fingerprint(self.store, found.values(), record["fingerprint_digest"])
         return found
 
     def clear_unfinished(self, claims: Claims) -> None:

@@ -109,10 +109,9 @@ def planned(found: Survey, claims: Claims, say: Say, with_bill: bool = True, che
     checked: committed rows were computed again just now, on this machine.
     """
     compare = (lambda held: None) if checked else (lambda held: check_committed(held, say))
-    plan = make_plan(found, compare, claims.check_planning)
+    plan = make_plan(found, claims, compare)
     if not claims.writers():  # others' unfinished blocks take room already, and are among the missing ones
         require_room(plan)
-    plan.writer.clear_unfinished(claims)
     for tar in found.tars:
         if tar.truncated_at is not None:
             kept = f"its {len(tar.samples)} whole samples are kept, the rest is lost"

@@ -265,18 +265,17 @@ class Committed:
 
 def make_plan(
     found: Survey,
+    claims: Claims,
     check: Callable[[Committed], None] = lambda held: None,
-    still_alone: Callable[[], None] = lambda: None,
 ) -> Plan:
-    """Opens or creates the cache, and lists the missing blocks. The caller alone is planning (claims.Claims).
+    """Opens or creates the cache, and lists the missing blocks. The caller alone is planning, and holds `claims`.
 
-    still_alone: called before every change, by the plan's writer too; raises ClaimLost if it is so no more.
-
-    Written are the cache's root, the frozen networks and a segment of new tars. Raises before anything is written
-    where the cache was made otherwise; `check` does so too, and is called if the run adds to fields that hold rows.
+    What dead processes left is cleared before blocks are counted, so that it is missing. Written are the cache's root,
+    the frozen networks and a segment of new tars. Raises before that where the cache was made otherwise; `check` does
+    so too, and is called if the run adds to fields that hold rows.
     """
     config, memory, tars, networks = found.config, found.memory, found.tars, found.networks
-    writer = CacheWriter(found.store, config.rows_per_block, still_alone)
+    writer = CacheWriter(found.store, config.rows_per_block, claims.check_planning)
     memory.know(writer.segments)
     config = _with_views_of_the_split(config, writer.segments)
     fresh = new_sources(writer.segments, config.split, tars)
@@ -289,6 +288,7 @@ def make_plan(
     )
     for field in fields.values():
         _check_record(writer, field)
+    writer.clear_unfinished(claims)
     writer.require_segments()
     receipts = {name: writer.receipts(name) for name in fields}
     _require_objects(found.store, receipts)

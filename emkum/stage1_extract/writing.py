@@ -36,7 +36,7 @@ class Finished:
 
 
 class Writing:
-    """A context manager around the thread. What it fails with is raised by the next call of `put` or `finish`."""
+    """A context manager around the thread. What it fails with is raised by the next call of `put` or `settle`."""
 
     def __init__(self, plan: Plan, blocks: ClaimedBlocks, say: Callable[[str], None]) -> None:
         self._plan, self._blocks, self._say = plan, blocks, say
