@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-import os
 import struct
 import tempfile
 import threading
-import weakref
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,21 +46,37 @@ from emkum.shards.segments import (
     read_segments,
     require_segment,
 )
-from emkum.shards.store import RangeReader, Store, exists, open_store
-from emkum.shards.writer import ABSENT, read_root
-
-MAX_OPEN_SHARDS = 256
-_REPAIR = (
-    "`emkum cache repair` with this cache's folder drops what is damaged, and the same extract command redoes exactly "
-    "that; or restore the object from a copy of the cache"
+from emkum.shards.shard_files import (
+    MAPPED_SHARE,
+    MAX_OPEN_SHARDS,
+    MISSING,
+    RENEWED,
+    REPAIR,
+    Chunks,
+    ReadThreads,
+    Shard,
+    ShardFiles,
+    Verify,
+    machine_memory_bytes,
+    read_chunks,
 )
+from emkum.shards.store import Store, exists, open_store
+from emkum.shards.writer import read_root
+
+PLAIN_SHARE = 0.25  # of the machine's memory: what unsharded arrays may take of it
 
 
 class Cache:
     """A snapshot of one cache. Later commits are not seen; open again to see them."""
 
     def __init__(
-        self, store: Store, uuid: str, rows_per_block: int, segments: Sequence[Segment], fields: dict[str, Field]
+        self,
+        store: Store,
+        uuid: str,
+        rows_per_block: int,
+        segments: Sequence[Segment],
+        fields: dict[str, Field],
+        plain: _PlainBlocks,
     ) -> None:
         self.store = store
         self.path = store.local or store.url
@@ -70,23 +84,26 @@ class Cache:
         self.rows_per_block = rows_per_block
         self.segments = tuple(segments)
         self.fields = fields
+        self._plain = plain
         self._tables: dict[tuple[str, str], pa.Table] = {}
         self._copies: dict[str, tempfile.TemporaryDirectory[str]] = {}
 
     @classmethod
-    def open(cls, place: Store | Path | str, only: Collection[str] | None = None) -> Cache:
+    def open(cls, place: Store | Path | str, only: Collection[str] | None = None, verify: Verify = "first") -> Cache:
         """place: a folder, or a URL that fsspec knows. only: names of the fields to open; None: all.
 
+        verify: whether the checksum of a token or crop row is looked at when it is first read, always, or never.
         Raises NotACache, NewerFormat, CorruptCache.
         """
         store = open_store(place)
         uuid, rows_per_block = read_root(store)
         segments = read_segments(store)
-        shards = _OpenShards(store, MAX_OPEN_SHARDS)
-        fields = {}
+        files = ShardFiles(store, MAX_OPEN_SHARDS, verify)
+        plain = _PlainBlocks(int(PLAIN_SHARE * machine_memory_bytes()))
+        fields: dict[str, Field] = {}
         paths = field_record_paths(store) if only is None else [field_record_path(name) for name in only]
         for path in paths:
-            field = Field(store, segments, rows_per_block, read_field_record(store, path), shards)
+            field = Field(store, segments, rows_per_block, read_field_record(store, path), files, plain)
             fields[field.name] = field
         if only is None:
             for name in receipt_fields(store):
@@ -96,7 +113,7 @@ class Cache:
                         "the same extract command writes the record again and keeps the blocks; or restore it from a "
                         "copy of the cache",
                     )
-        return cls(store, uuid, rows_per_block, segments, fields)
+        return cls(store, uuid, rows_per_block, segments, fields, plain)
 
     @property
     def splits(self) -> list[str]:
@@ -123,6 +140,11 @@ class Cache:
             for file in self.store.list(model_dir(name)):
                 (Path(self._copies[name].name) / file).write_bytes(self.store.read(f"{model_dir(name)}/{file}"))
         return Path(self._copies[name].name)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that unsharded arrays (pooled targets, ids, int8 scales) of all fields take now."""
+        return self._plain.num_bytes
 
     def field(self, name: str) -> Field:
         """Raises MissingField listing what there is."""
@@ -166,12 +188,13 @@ class Field:
         segments: Sequence[Segment],
         rows_per_block: int,
         record: dict[str, Any],
-        shards: _OpenShards,
+        files: ShardFiles,
+        plain: _PlainBlocks,
     ) -> None:
         self.record = record
         self.spec: FieldSpec = field_from_record(record)
         self.fingerprint: dict[str, Any] = record["fingerprint"]
-        self._store, self._rows_per_block, self._shards = store, rows_per_block, shards
+        self._store, self._rows_per_block, self._files, self._plain = store, rows_per_block, files, plain
         self._segments = segments
         known = {segment.number for segment in segments}
         found = read_receipts(store, self.spec.name)
@@ -186,12 +209,12 @@ class Field:
                 raise CorruptCache(
                     f"receipt of {self.name} block {receipt.block}-{receipt.view} states rows {receipt.first_row} to "
                     f"{receipt.first_row + receipt.rows - 1}, segment {receipt.segment} has others there",
-                    _REPAIR,
+                    REPAIR,
                 )
         require_fingerprint(store, self.receipts.values(), record["fingerprint_digest"])
-        self._blocks: dict[tuple[str, int, int], np.ndarray] = {}
         self._statistics: dict[str, np.ndarray] = {}
-        self._bad_rows: dict[tuple[int, int], frozenset[int]] = {}
+        self._shards: dict[tuple[int, int], Shard] = {}
+        self._is_mapped = files.verify != "always" and self.num_bytes <= MAPPED_SHARE * machine_memory_bytes()
 
     @property
     def name(self) -> str:
@@ -270,9 +293,16 @@ class Field:
         """Boxes belong to one view policy; every other field to all segments."""
         return self.kind != "boxes" or self.name == f"views/{segment.views.name}/boxes"
 
-    def read(self, rows: np.ndarray, view: int | np.ndarray = 0, out: np.ndarray | None = None) -> np.ndarray:
+    def read(
+        self,
+        rows: np.ndarray,
+        view: int | np.ndarray = 0,
+        out: np.ndarray | None = None,
+        threads: ReadThreads | None = None,
+    ) -> np.ndarray:
         """Stored numbers [N, *row_shape]; ragged rows are zero past their length.
 
+        out: where to put them, of the storage type. threads: share the reading.
         Raises IncompleteCache for a row that is not committed, CorruptCache for damage.
         """
         rows = np.asarray(rows, dtype=np.int64)
@@ -281,10 +311,10 @@ class Field:
             out = np.empty((len(rows), *self.row_shape), dtype=self.storage)
         if not self.spec.sharded:
             self._read_plain("values", rows, views, out)
-        elif self.kind == "ragged":
-            self._read_ragged(rows, views, out)
+        elif out.flags.c_contiguous:
+            self._read_sharded(rows, views, out, threads)
         else:
-            self._read_tokens(rows, views, out)
+            out[...] = self.read(rows, views, threads=threads)
         return out
 
     def read_scale(self, rows: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
@@ -318,12 +348,11 @@ class Field:
             )
         return receipt
 
-    def _left_out(self, row: int, view: int) -> frozenset[int]:
-        """The quarantined rows of the row's block."""
-        key = row // self._rows_per_block, view
-        if key not in self._bad_rows:
-            self._bad_rows[key] = frozenset(q.row for q in self._receipt(row, view).quarantined)
-        return self._bad_rows[key]
+    # --- unsharded arrays: whole blocks, checked once and kept in RAM ----------------------------------
+
+    def forget_plain(self) -> None:
+        """Frees the memory of the unsharded arrays read so far; they are read again when they are asked for."""
+        self._plain.forget(self.name)
 
     def _read_sibling(self, name: str, rows: np.ndarray, view: int | np.ndarray) -> np.ndarray:
         rows = np.asarray(rows, dtype=np.int64)
@@ -333,26 +362,45 @@ class Field:
         return out
 
     def _read_plain(self, name: str, rows: np.ndarray, views: np.ndarray, out: np.ndarray) -> None:
-        """Unsharded arrays: whole blocks are checked once and kept in RAM."""
         blocks = rows // self._rows_per_block
         order = np.lexsort((views, blocks))
         changes = np.flatnonzero(np.diff(blocks[order]) | np.diff(views[order])) + 1
         for here in np.split(order, changes) if len(order) else ():
-            receipt = self._receipt(int(rows[here].max()), int(views[here[0]]))
-            bad = np.intersect1d(rows[here], [q.row for q in receipt.quarantined])
-            if len(bad):
-                self._refuse_quarantined(receipt, int(bad[0]))
-            out[here] = self._block(name, receipt)[rows[here] - receipt.first_row]
+            wanted = rows[here]
+            receipt = self._receipt(int(wanted.min()), int(views[here[0]]))
+            if wanted.max() >= receipt.first_row + receipt.rows:
+                self._receipt(int(wanted.max()), receipt.view)
+            if receipt.quarantined:
+                bad = np.intersect1d(wanted, [q.row for q in receipt.quarantined])
+                if len(bad):
+                    self._refuse_quarantined(receipt, int(bad[0]))
+            out[here] = self._plain_rows(name, receipt, wanted - receipt.first_row)
 
-    def _block(self, name: str, receipt: Receipt) -> np.ndarray:
-        key = (name, receipt.block, receipt.view)
-        if key not in self._blocks:
-            array = self.spec.array(name)
-            path = object_path(self.spec, array, receipt.block, receipt.view)
+    def _plain_rows(self, name: str, receipt: Receipt, local: np.ndarray) -> np.ndarray:
+        array = self.spec.array(name)
+        path = object_path(self.spec, array, receipt.block, receipt.view)
+        block = self._plain.get(self.name, path)
+        if block is None and self._plain.was_checked(self.name, path) and 8 * len(local) < self._rows_per_block:
+            return self._rows_from_file(array, path, _stated(receipt, path), local)
+        if block is None:
             data = _read_whole(self._store, path, _stated(receipt, path).bytes, _stated(receipt, path).sha256)
             shape = (self._rows_per_block, *array.row_shape)
-            self._blocks[key] = _decode_chunk(data, array, shape, self._store.where(path))
-        return self._blocks[key]
+            block = _decode_chunk(data, array, shape, self._store.where(path))
+            self._plain.keep(self.name, path, block)
+        found: np.ndarray = block[local]
+        return found
+
+    def _rows_from_file(self, array: ArraySpec, path: str, stated: CommittedObject, local: np.ndarray) -> np.ndarray:
+        """Rows of a block that was checked as a whole, and for which there is no room in memory."""
+        file = self._store.open(path)
+        rows = np.empty((len(local), *array.row_shape), np.dtype(array.dtype).newbyteorder("<"))
+        for i, row in enumerate(local.tolist()):
+            piece = rows[i : i + 1].reshape(-1).view(np.uint8).data
+            if file.size != stated.bytes or file.read_into([piece], row * array.row_bytes) != array.row_bytes:
+                raise CorruptCache(
+                    f"object {self._store.where(path)} has {file.size} bytes, its receipt says {stated.bytes}", REPAIR
+                )
+        return rows.astype(array.dtype, copy=False)
 
     def _static(self, name: str) -> np.ndarray:
         if name not in self._statistics:  # no lock, which a fork could leave held: two threads may both read it
@@ -360,14 +408,14 @@ class Field:
         return self._statistics[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_blocks": {}, "_bad_rows": {}}
+        return self.__dict__ | {"_shards": {}}
 
     def _refuse_quarantined(self, receipt: Receipt, row: int) -> None:
         found = next((q for q in receipt.quarantined if q.row == row), None)
         if found is None:
             raise CorruptCache(
                 f"{self._store.url} field {self.name} holds nothing of row {row}, which its receipt says is there",
-                _REPAIR,
+                REPAIR,
             )
         raise IncompleteCache(
             f"{self._store.url} field {self.name}: row {row} ({found.tar}, {found.key}) is quarantined: {found.reason}",
@@ -376,150 +424,106 @@ class Field:
 
     # --- sharded values: straight from the file --------------------------------------------------------
 
-    def _shard(self, row: int, view: int) -> _Shard:
+    def _read_sharded(self, rows: np.ndarray, views: np.ndarray, out: np.ndarray, threads: ReadThreads | None) -> None:
+        values = self.spec.array("values")
+        if self.kind == "ragged":
+            tiles = -(-self.lengths(rows) // TEXT_TILE)
+            for i, count in enumerate(tiles.tolist()):
+                out[i, count * TEXT_TILE :] = 0
+        else:
+            tiles = np.ones(len(rows), np.int64)
+        chunk_row = np.repeat(np.arange(len(rows)), tiles)  # of each chunk, its place in `rows`
+        tile = np.arange(len(chunk_row)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+        blocks, local = np.divmod(rows, self._rows_per_block)
+        numbers = local[chunk_row] * values.tiles + tile
+        targets = chunk_row * values.row_bytes + tile * values.inner_bytes
+        order = np.lexsort((numbers, views[chunk_row], blocks[chunk_row]))
+        chunk_row, numbers, targets = chunk_row[order], numbers[order], targets[order]
+        block_of, view_of = blocks[chunk_row], views[chunk_row]
+        changes = np.flatnonzero((np.diff(block_of) != 0) | (np.diff(view_of) != 0)) + 1
+        edges = [0, *changes.tolist(), len(numbers)]
+        shards, places = [], np.empty(len(numbers), np.int64)
+        for start, stop in itertools.pairwise(edges) if len(numbers) else ():
+            shard = self._shard(int(rows[chunk_row[start]]), int(view_of[start]))
+            places[start:stop] = shard.places[numbers[start:stop]]
+            shards.append(shard)
+        absent = np.flatnonzero(places == MISSING)
+        if len(absent):
+            first = int(absent[0])
+            self._refuse_absent(int(rows[chunk_row[first]]), int(view_of[first]), int(numbers[first]))
+        shard_of = np.repeat(np.arange(len(shards)), np.diff(edges)) if shards else np.empty(0, np.int64)
+        memory = out.reshape(-1).view(np.uint8)
+        read_chunks(self._files, Chunks(shards, shard_of, numbers, places, targets), memory, threads)
+
+    def _shard(self, row: int, view: int) -> Shard:
+        key = row // self._rows_per_block, view
+        shard = self._shards.get(key)
+        if shard is None:
+            receipt, array = self._receipt(row, view), self.spec.array("values")
+            path = object_path(self.spec, array, receipt.block, view)
+            grid = self._rows_per_block, array.tiles
+            shard = Shard(self._files, path, _stated(receipt, path), grid, array.inner_bytes, self._is_mapped)
+            for quarantined in receipt.quarantined:
+                local = quarantined.row % self._rows_per_block
+                shard.places[local * array.tiles : (local + 1) * array.tiles] = MISSING
+            shard = self._shards.setdefault(key, shard)  # another thread may have been as quick
+        return shard
+
+    def _refuse_absent(self, row: int, view: int, number: int) -> None:
         receipt = self._receipt(row, view)
-        array = self.spec.array("values")
-        path = object_path(self.spec, array, receipt.block, view)
-        return self._shards.get(path, _stated(receipt, path), (self._rows_per_block, array.tiles), array.inner_bytes)
-
-    def _read_tokens(self, rows: np.ndarray, views: np.ndarray, out: np.ndarray) -> None:
-        flat = out.reshape(len(rows), -1) if len(rows) and out.flags.c_contiguous else None
-        for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
-            shard = self._shard(row, view)
-            local = row % self._rows_per_block
-            if row in self._left_out(row, view) or shard.offsets[local, 0] == ABSENT:
-                self._refuse_quarantined(self._receipt(row, view), row)
-            if flat is not None:
-                shard.read_into(local, 0, flat[i])
-            else:
-                buffer = np.empty(self.row_shape, dtype=self.storage)
-                shard.read_into(local, 0, buffer)
-                out[i] = buffer
-
-    def _read_ragged(self, rows: np.ndarray, views: np.ndarray, out: np.ndarray) -> None:
-        out[...] = 0
-        lengths = self.lengths(rows)
-        for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
-            shard = self._shard(row, view)
-            local = row % self._rows_per_block
-            for tile in range(-(-int(lengths[i]) // TEXT_TILE)):
-                if shard.offsets[local, tile] == ABSENT:
-                    raise CorruptCache(
-                        f"{shard.path} lacks tile {tile} of row {row}, whose length is {lengths[i]}", _REPAIR
-                    )
-                buffer = np.empty((TEXT_TILE, *self.row_shape[1:]), dtype=self.storage)
-                shard.read_into(local, tile, buffer)
-                out[i, tile * TEXT_TILE : (tile + 1) * TEXT_TILE] = buffer
-
-
-class _Shard:
-    """An open shard file: its index parsed and checked once, its chunks checked at their first read."""
-
-    def __init__(
-        self, store: Store, path: str, stated: CommittedObject, grid: tuple[int, int], chunk_bytes: int
-    ) -> None:
-        self.path = store.where(path)
-        expected_bytes = stated.bytes
-        self._chunk_bytes = chunk_bytes
-        try:
-            self._file: RangeReader = store.open(path)
-        except FileNotFoundError as error:
+        if self.kind == "ragged" and not any(q.row == row for q in receipt.quarantined):
+            path = object_path(self.spec, self.spec.array("values"), receipt.block, view)
+            tile = number % self.spec.array("values").tiles
+            length = int(self.lengths(np.array([row]))[0])
             raise CorruptCache(
-                f"object {self.path} is missing, its receipt says {expected_bytes} bytes", _REPAIR
-            ) from error
-        size = self._file.size
-        if size != expected_bytes:
-            raise CorruptCache(f"object {self.path} has {size} bytes, its receipt says {expected_bytes}", _REPAIR)
-        index_bytes = grid[0] * grid[1] * 16
-        data = bytearray(min(index_bytes + 4, size))
-        count = self._file.read_into([memoryview(data)], max(size - index_bytes - 4, 0))
-        if count != index_bytes + 4 or google_crc32c.value(bytes(data[:-4])) != struct.unpack("<I", data[-4:])[0]:
-            raise CorruptCache(f"the index of {self.path} fails its checksum", _REPAIR)
-        index = np.frombuffer(bytes(data[:-4]), dtype="<u8").reshape(*grid, 2)
-        starts, sizes = index[..., 0], index[..., 1]
-        present = starts != ABSENT
-        last = size - index_bytes - 4 - (chunk_bytes + 4)  # where the last chunk may start
-        if (sizes[present] != chunk_bytes + 4).any() or (present.any() and (last < 0 or starts[present].max() > last)):
-            raise CorruptCache(f"the index of {self.path} points outside its chunks", _REPAIR)
-        self.offsets = starts
-        self._checked = np.zeros(grid, dtype=bool)
-        for number, crc in stated.marks:
-            self._require_mark(number, crc)
-
-    def _require_mark(self, number: int, crc: int) -> None:
-        """One chunk bears the checksum that the receipt states: the file was not swapped with another."""
-        found = bytearray(4)
-        offset = int(self.offsets.flat[number]) if number < self.offsets.size else ABSENT
-        if offset == ABSENT or self._file.read_into([memoryview(found)], offset + self._chunk_bytes) != 4:
-            raise CorruptCache(f"{self.path} lacks chunk {number}, which its receipt states", _REPAIR)
-        if struct.unpack("<I", found)[0] != crc:
-            raise CorruptCache(
-                f"{self.path}: chunk {number} has checksum {struct.unpack('<I', found)[0]:08x}, the receipt states "
-                f"{crc:08x}: it may be the object of another block",
-                _REPAIR,
+                f"{self._store.where(path)} lacks tile {tile} of row {row}, whose length is {length}", REPAIR
             )
-
-    def read_into(self, row: int, tile: int, out: np.ndarray) -> None:
-        """Fills `out` (contiguous, one chunk) from the file."""
-        offset = int(self.offsets[row, tile])
-        view = out.data.cast("B")
-        if self._checked[row, tile]:
-            if self._file.read_into([view], offset) != self._chunk_bytes:
-                raise CorruptCache(f"{self.path} ended inside a chunk at {offset}", _REPAIR)
-            return
-        stated = bytearray(4)
-        if self._file.read_into([view, memoryview(stated)], offset) != self._chunk_bytes + 4:
-            raise CorruptCache(f"{self.path} ended inside a chunk at {offset}", _REPAIR)
-        if google_crc32c.value(out) != struct.unpack("<I", stated)[0]:
-            raise CorruptCache(
-                f"{self.path}: the chunk at byte {offset} (row {row} of the block) fails its checksum", _REPAIR
-            )
-        self._checked[row, tile] = True
+        self._refuse_quarantined(receipt, row)
 
 
-class _OpenShards:
-    """At most `limit` shard files open at a time, shared by the fields of a cache; safe across threads and forks."""
+class _PlainBlocks:
+    """Unsharded blocks in memory, shared by the fields of a cache: as many as fit, the oldest dropped first."""
 
-    def __init__(self, store: Store, limit: int) -> None:
-        self._store, self._limit = store, limit
-        self._start()
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._blocks: dict[tuple[str, str], np.ndarray] = {}
+        self._checked: set[tuple[str, str]] = set()
+        self.num_bytes = 0
+        self.renew_after_fork()
+        RENEWED.add(self)
 
-    def _start(self) -> None:
+    def renew_after_fork(self) -> None:
         self._lock = threading.Lock()
-        self._open: OrderedDict[str, _Shard] = OrderedDict()
-        _ALL_OPEN.add(self)
 
-    def get(self, path: str, stated: CommittedObject, grid: tuple[int, int], chunk_bytes: int) -> _Shard:
+    def get(self, field: str, path: str) -> np.ndarray | None:
+        return self._blocks.get((field, path))
+
+    def was_checked(self, field: str, path: str) -> bool:
+        return (field, path) in self._checked
+
+    def keep(self, field: str, path: str, block: np.ndarray) -> None:
         with self._lock:
-            shard = self._open.get(path)
-            if shard is not None:
-                self._open.move_to_end(path)
-                return shard
-            shard = _Shard(self._store, path, stated, grid, chunk_bytes)
-            self._open[path] = shard
-            if len(self._open) > self._limit:
-                self._open.popitem(last=False)  # closes when the last thread that reads from it lets go
-            return shard
+            self._checked.add((field, path))
+            if (field, path) in self._blocks:
+                return
+            self._blocks[field, path] = block
+            self.num_bytes += block.nbytes
+            while self.num_bytes > self._limit_bytes and len(self._blocks) > 1:
+                self._drop(next(iter(self._blocks)))
+
+    def forget(self, field: str) -> None:
+        with self._lock:
+            for key in [key for key in self._blocks if key[0] == field]:
+                self._drop(key)
+
+    def _drop(self, key: tuple[str, str]) -> None:
+        self.num_bytes -= self._blocks.pop(key).nbytes
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_store": self._store, "_limit": self._limit}
+        return {"_limit_bytes": self._limit_bytes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
-
-
-_ALL_OPEN: weakref.WeakSet[_OpenShards] = weakref.WeakSet()
-
-
-def _renew_after_fork() -> None:
-    """A thread of the parent may have held a lock when the child was made: the child starts with its own."""
-    for shards in list(_ALL_OPEN):
-        shards._start()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_after_fork)
+        self.__init__(state["_limit_bytes"])  # type: ignore[misc]
 
 
 def read_statistic(store: Store, record: dict[str, Any], name: str) -> np.ndarray:
@@ -530,7 +534,7 @@ def read_statistic(store: Store, record: dict[str, Any], name: str) -> np.ndarra
     try:
         num_bytes, sha256 = int(record["statistics"][name]["bytes"]), str(record["statistics"][name]["sha256"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptCache(f"the record of {field.name} states no {name}", _REPAIR) from error
+        raise CorruptCache(f"the record of {field.name} states no {name}", REPAIR) from error
     return _decode_chunk(_read_whole(store, path, num_bytes, sha256), array, array.row_shape, store.where(path))
 
 
@@ -541,12 +545,12 @@ def _read_whole(store: Store, path: str, expected_bytes: int, sha256: str) -> by
         data = store.read(path) if size == expected_bytes else b""
     except FileNotFoundError as error:
         raise CorruptCache(
-            f"object {store.where(path)} is missing, its record says {expected_bytes} bytes", _REPAIR
+            f"object {store.where(path)} is missing, its record says {expected_bytes} bytes", REPAIR
         ) from error
     if size != expected_bytes or len(data) != expected_bytes:
-        raise CorruptCache(f"object {store.where(path)} has {size} bytes, its record says {expected_bytes}", _REPAIR)
+        raise CorruptCache(f"object {store.where(path)} has {size} bytes, its record says {expected_bytes}", REPAIR)
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise CorruptCache(f"object {store.where(path)} does not hold the bytes that its record states", _REPAIR)
+        raise CorruptCache(f"object {store.where(path)} does not hold the bytes that its record states", REPAIR)
     return data
 
 
@@ -555,17 +559,17 @@ def _stated(receipt: Receipt, path: str) -> CommittedObject:
         if committed.path == path:
             return committed
     raise CorruptCache(
-        f"the receipt of {receipt.field} block {receipt.block}-{receipt.view} does not list {path}", _REPAIR
+        f"the receipt of {receipt.field} block {receipt.block}-{receipt.view} does not list {path}", REPAIR
     )
 
 
 def _decode_chunk(data: bytes, array: ArraySpec, shape: tuple[int, ...], path: str) -> np.ndarray:
     if len(data) < 4 or google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
-        raise CorruptCache(f"object {path} fails its checksum", _REPAIR)
+        raise CorruptCache(f"object {path} fails its checksum", REPAIR)
     dtype = np.dtype(array.dtype)
     if len(data) - 4 != math.prod(shape) * dtype.itemsize:
         raise CorruptCache(
-            f"object {path} has {len(data)} bytes, its shape {shape} of {dtype} needs another number", _REPAIR
+            f"object {path} has {len(data)} bytes, its shape {shape} of {dtype} needs another number", REPAIR
         )
     values = np.frombuffer(data[:-4], dtype=dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
     values.flags.writeable = False

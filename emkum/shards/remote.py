@@ -333,15 +333,21 @@ class _RemoteReader:
         self._store, self._path = store, path
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
-        start = offset
-        for buffer in buffers:
-            target = buffer.cast("B")
-            while len(target) and offset < self.size:
-                stop = min(offset + len(target), offset + PIECE_BYTES, self.size)
-                target[: stop - offset] = self._store.read_range(self._path, offset, stop)
-                target = target[stop - offset :]
-                offset = stop
-        return offset - start
+        """One request for all buffers together, or several of PIECE_BYTES."""
+        start, stop = offset, min(offset + sum(buffer.nbytes for buffer in buffers), self.size)
+        targets = iter([buffer.cast("B") for buffer in buffers])
+        target = next(targets, memoryview(b""))
+        while offset < stop:
+            end = min(offset + PIECE_BYTES, stop)
+            data = memoryview(self._store.read_range(self._path, offset, end))
+            offset = end
+            while data:
+                if not target:
+                    target = next(targets)
+                    continue
+                count = min(len(target), len(data))
+                target[:count], target, data = data[:count], target[count:], data[count:]
+        return max(offset - start, 0)
 
 
 class SpooledObject:
