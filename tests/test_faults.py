@@ -6,14 +6,16 @@ import contextlib
 import errno
 import json
 import random
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from emkum.errors import EmkumError, StorageFailure
-from emkum.shards import durable
+from emkum.shards import durable, staging
 from emkum.shards.claims import CLAIMS, Claims, block_key
 from emkum.shards.codec import encode
 from emkum.shards.digest import digest
@@ -28,9 +30,19 @@ from tests.conftest import TORTURE_MINUTES
 from tests.faulty_os import FaultyOs, PowerCut
 
 CLS = FieldSpec("teacher/t/image/cls", "pooled", "float32", (4,))
-TOKENS = FieldSpec("teacher/t/image/patches", "tokens", "int8", (2, 4))
+TOKENS = FieldSpec("teacher/t/image/patches", "tokens", "int8", (40, 4))
 BLOCKS = 2
+PIECE_BYTES = 1024  # a block of tokens has two and a half
 STATISTICS = np.zeros(4, np.float32), np.ones(4, np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pieces() -> Iterator[None]:
+    """Threads fill and hash; whole pieces pass by the page cache, what follows a write that was cut short does not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "PIECE_BYTES", PIECE_BYTES)
+        patch.setattr(durable, "PIECE_BYTES", PIECE_BYTES)
+        yield
 
 
 def fill(path: Path, committed: list[tuple[str, int]]) -> None:
@@ -98,6 +110,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int]:
         fill(path, [])
     assert len(faulty.calls) > 200
     return digest(LocalStore(path)), len(faulty.calls)
+
+
+def test_the_calls_come_in_one_order_whatever_the_threads_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[str, int]
+) -> None:
+    """Otherwise the sweep below would not meet every call. Names apart, which bear tokens and process numbers."""
+    orders = []
+    for number in range(3):
+        faulty = FaultyOs(fail_at=10**9)
+        run(tmp_path / f"cache{number}", monkeypatch, faulty)
+        orders.append([re.sub(r"(cache\d|[0-9a-f]{8,})", "", call) for call in faulty.calls])
+    assert orders[0] == orders[1] == orders[2]
+    assert len(orders[0]) == whole[1]
+    writes = sum(re.match(r"write .*/patches/values/\.c\.0\.", call) is not None for call in orders[0])
+    assert writes >= 4, "the first is cut short by this os; the rest of it, another piece, and the remainder"
 
 
 def go_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

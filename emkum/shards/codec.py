@@ -62,14 +62,16 @@ def encode(
 ) -> Encoded:
     """Encode float32 rows [N, ...] for `storage`: float32 as it is, float16 rounded, int8 per token.
 
+    length: int32 [N] for text; of rows [N, position, channel] the positions from it on are not measured.
     Raises ValueError for inf, NaN or a value outside the storage type; callers name the row and the field.
     """
     values = np.ascontiguousarray(values, dtype=np.float32)
     if not np.isfinite(values).all():
         raise ValueError("values are not finite")
-    scale = None
+    scale: np.ndarray | None = None
+    decoded: np.ndarray | None = None
     if storage == "float32":
-        stored, decoded = values, values
+        stored = values
     elif storage == "float16":
         if values.size and float(np.abs(values).max()) > FLOAT16_MAX:
             raise ValueError(f"max |x| = {float(np.abs(values).max()):g} > {FLOAT16_MAX:g} (float16)")
@@ -82,6 +84,9 @@ def encode(
         decoded = decode_int8(stored, scale, mean, std)
     else:
         raise ValueError(f"unknown storage {storage!r}")
+    if length is not None and values.ndim == 3:  # padding is not part of the statistics
+        real = np.arange(values.shape[1]) < length[:, None]
+        values, decoded = values[real], None if decoded is None else decoded[real]
     return Encoded(stored, scale, length, summarise(values, decoded))
 
 
@@ -107,12 +112,12 @@ def decode_int8(stored: np.ndarray, scale: np.ndarray, mean: np.ndarray, std: np
 
 
 def summarise(values: np.ndarray, decoded: np.ndarray | None = None) -> Summary:
-    """Statistics of float32 values, and of the error if `decoded` is another array than `values`."""
+    """Statistics of float32 values, and of the error of `decoded` if it is given."""
     if values.size == 0:
         return Summary()
     wide = values.astype(np.float64)
     error_squares, max_abs_error = 0.0, 0.0
-    if decoded is not None and decoded is not values:
+    if decoded is not None:
         difference = decoded.astype(np.float64) - wide
         error_squares, max_abs_error = float((difference**2).sum()), float(np.abs(difference).max())
     return Summary(

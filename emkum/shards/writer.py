@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import uuid as uuid_module
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -359,9 +359,9 @@ class CacheWriter:
     ) -> CommittedObject:
         """One unsharded object: the little-endian bytes and their crc32c."""
         path = object_path(field, array, block, view)
-        data = np.ascontiguousarray(values, dtype=np.dtype(array.dtype).newbyteorder("<")).tobytes()
+        data = _bytes_of(np.asarray(values, dtype=array.dtype))
         with self.store.writer(path) as file:
-            file.write(data)
+            file.write(data.data)
             file.write(struct.pack("<I", google_crc32c.value(data)))
             check()
             return CommittedObject(path, file.num_bytes, file.commit())
@@ -400,6 +400,7 @@ class BlockWriter:
         self._shard = None
         if self._values.inner is not None:
             self._shard = cache.store.writer(object_path(field, self._values, block, view))
+            self._offset = 0  # of the next chunk
             self._chunks: list[tuple[int, int]] = []  # number and crc32c of every chunk written
             self._index = np.full((cache.rows_per_block, self._values.tiles, 2), ABSENT, dtype="<u8")
 
@@ -416,18 +417,13 @@ class BlockWriter:
             self._plain["scale"][here] = rows.scale
             if rows.length is not None and rows.scale.ndim == 2:
                 self._plain["scale"][here][_past(rows.length, rows.scale.shape[1])] = np.nan
-        if self._shard is None:
+        if self._shard is not None:
+            self._shard.write_all(self._chunks_of(rows))
+        else:
             values = rows.values
             if rows.length is not None and self._field.has_length:
                 values = np.where(_past(rows.length, values.shape[1]), 0, values)
             self._plain["values"][here] = values
-        else:
-            values = rows.values
-            if rows.length is not None:
-                values = np.where(_past(rows.length, values.shape[1])[..., None], values.dtype.type(0), values)
-            for i, row in enumerate(values):
-                length = None if rows.length is None else int(rows.length[i])
-                self._append_chunks(self._row + i, row, length)
         self._row += count
         self._summary = self._summary + rows.summary
 
@@ -483,20 +479,27 @@ class BlockWriter:
     def _receipt_path(self) -> str:
         return receipt_path(self._field.name, self._block, self._view)
 
-    def _append_chunks(self, row: int, values: np.ndarray, length: int | None) -> None:
-        assert self._shard is not None
-        data = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
-        size = self._values.inner_bytes
-        tiles = self._values.tiles
-        if length is not None:
-            assert self._values.inner is not None
-            tiles = -(-length // self._values.inner[0])
-        for tile in range(tiles):
-            chunk = data[tile * size : (tile + 1) * size] if self._values.tiles > 1 else data
-            self._index[row, tile] = (self._shard.num_bytes, size + 4)
-            self._shard.write(chunk)
-            self._chunks.append((row * self._values.tiles + tile, google_crc32c.value(chunk)))
-            self._shard.write(struct.pack("<I", self._chunks[-1][1]))
+    def _chunks_of(self, rows: Encoded) -> Iterator[memoryview]:
+        """The rows' chunks, each followed by its crc32c: one a row, or the tiles of text that its length reaches."""
+        assert self._values.inner is not None
+        size, tiles, positions = self._values.inner_bytes, self._values.tiles, self._values.inner[0]
+        data = _bytes_of(rows.values).reshape(len(rows.values), tiles, size)
+        for i, row in enumerate(data):
+            num_tiles, past = tiles, 0  # past: bytes of the last tile at or past the length
+            if rows.length is not None:
+                num_tiles = -(-int(rows.length[i]) // positions)
+                past = (num_tiles * positions - int(rows.length[i])) * (size // positions)
+            for tile in range(num_tiles):
+                chunk = row[tile]
+                if past and tile == num_tiles - 1:
+                    chunk = chunk.copy()
+                    chunk[-past:] = 0
+                checksum = google_crc32c.value(chunk)
+                self._index[self._row + i, tile] = (self._offset, size + 4)
+                self._offset += size + 4
+                self._chunks.append(((self._row + i) * tiles + tile, checksum))
+                yield chunk.data
+                yield memoryview(struct.pack("<I", checksum))
 
     def __enter__(self) -> BlockWriter:
         return self
@@ -512,6 +515,12 @@ def _spread(chunks: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """At most MARKS of them, from the first to the last."""
     places = np.linspace(0, len(chunks) - 1, min(MARKS, len(chunks))).astype(int)
     return tuple(chunks[place] for place in places.tolist())
+
+
+def _bytes_of(values: np.ndarray) -> np.ndarray:
+    """uint8 [n]: the numbers as they are stored, little-endian and in C order; not copied if they lie so."""
+    stored = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    return stored.reshape(-1).view(np.uint8)
 
 
 def _filled(shape: tuple[int, ...], dtype: str) -> np.ndarray:
