@@ -719,6 +719,9 @@ class BadSectors(LocalStore):
         class Reader:
             size = reader.size
 
+            def expect_random(_) -> None:  # noqa: N805
+                reader.expect_random()
+
             def read_into(_, buffers: Sequence[memoryview], offset: int) -> int:  # noqa: N805
                 self._refuse(path)
                 return reader.read_into(buffers, offset)

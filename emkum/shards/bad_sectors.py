@@ -61,6 +61,9 @@ class _CheckedReader:
     def __init__(self, store: CheckedStore, reader: RangeReader) -> None:
         self._store, self._reader, self.size = store, reader, reader.size
 
+    def expect_random(self) -> None:
+        self._reader.expect_random()
+
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         with self._store.one_file():
             return self._reader.read_into(buffers, offset)

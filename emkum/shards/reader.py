@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
+import shutil
 import struct
 import tempfile
 import threading
+import weakref
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class Cache:
         self.fields = fields
         self._plain = plain
         self._tables: dict[tuple[str, str], pa.Table] = {}
-        self._copies: dict[str, tempfile.TemporaryDirectory[str]] = {}
+        self._copies: dict[str, Path] = {}
 
     @classmethod
     def open(cls, place: Store | Path | str, only: Collection[str] | None = None, verify: Verify = "first") -> Cache:
@@ -136,10 +137,13 @@ class Cache:
         if self.store.local is not None:
             return self.store.local / model_dir(name)
         if name not in self._copies:
-            self._copies[name] = tempfile.TemporaryDirectory(prefix="emkum-network-")
+            folder = Path(tempfile.mkdtemp(prefix="emkum-network-"))
+            _COPIES.add(folder)
+            weakref.finalize(self, _remove_copy, folder)
             for file in self.store.list(model_dir(name)):
-                (Path(self._copies[name].name) / file).write_bytes(self.store.read(f"{model_dir(name)}/{file}"))
-        return Path(self._copies[name].name)
+                (folder / file).write_bytes(self.store.read(f"{model_dir(name)}/{file}"))
+            self._copies[name] = folder
+        return self._copies[name]
 
     @property
     def held_bytes(self) -> int:
@@ -174,6 +178,20 @@ class Cache:
             parts = [read(self.store, segment) for segment in self.segments if segment.split == split]
             self._tables[which, split] = pa.concat_tables(parts) if parts else schema.empty_table()
         return self._tables[which, split]
+
+
+_COPIES: set[Path] = set()
+
+
+def _remove_copy(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    _COPIES.discard(folder)
+
+
+def remove_copies() -> None:
+    """Removes the copies of networks that this process has made, for a process that is about to end at once."""
+    for folder in list(_COPIES):
+        _remove_copy(folder)
 
 
 class Field:
@@ -262,13 +280,18 @@ class Field:
         for segment in self._segments:
             if segment.split != split:
                 continue
-            for block in segment.span(self.spec.space).blocks(self._rows_per_block):
-                receipt = self.receipts.get((block, view))
-                if receipt is not None:
-                    rows = np.arange(receipt.first_row, receipt.first_row + receipt.rows, dtype=np.int64)
-                    bad = [q.row for q in receipt.quarantined]
-                    found.append(np.setdiff1d(rows, bad, assume_unique=True) if bad else rows)
+            blocks = segment.span(self.spec.space).blocks(self._rows_per_block)
+            found += [self.block_rows(block, view) for block in blocks]
         return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def block_rows(self, block: int, view: int = 0) -> np.ndarray:
+        """int64: the rows of a block that are committed and not quarantined, ascending."""
+        receipt = self.receipts.get((block, view))
+        if receipt is None:
+            return np.empty(0, np.int64)
+        rows = np.arange(receipt.first_row, receipt.first_row + receipt.rows, dtype=np.int64)
+        bad = [q.row for q in receipt.quarantined]
+        return np.setdiff1d(rows, bad, assume_unique=True) if bad else rows
 
     def missing(self, split: str, num_views: int | None = None) -> list[tuple[int, int]]:
         """(block, view) of the split's blocks without a receipt.
@@ -317,9 +340,9 @@ class Field:
             out[...] = self.read(rows, views, threads=threads)
         return out
 
-    def read_scale(self, rows: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
+    def read_scale(self, rows: np.ndarray, view: int | np.ndarray = 0, out: np.ndarray | None = None) -> np.ndarray:
         """float32 [N, *row_shape[:-1]], int8 fields only."""
-        return self._read_sibling("scale", rows, view)
+        return self._read_sibling("scale", rows, view, out)
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         """int32 [N]: valid positions of each row, text ids and ragged fields only."""
@@ -354,10 +377,12 @@ class Field:
         """Frees the memory of the unsharded arrays read so far; they are read again when they are asked for."""
         self._plain.forget(self.name)
 
-    def _read_sibling(self, name: str, rows: np.ndarray, view: int | np.ndarray) -> np.ndarray:
+    def _read_sibling(
+        self, name: str, rows: np.ndarray, view: int | np.ndarray, out: np.ndarray | None = None
+    ) -> np.ndarray:
         rows = np.asarray(rows, dtype=np.int64)
         array = self.spec.array(name)
-        out = np.empty((len(rows), *array.row_shape), dtype=array.dtype)
+        out = np.empty((len(rows), *array.row_shape), dtype=array.dtype) if out is None else out
         self._read_plain(name, rows, np.broadcast_to(np.asarray(view, np.int64), rows.shape), out)
         return out
 
@@ -442,11 +467,11 @@ class Field:
         block_of, view_of = blocks[chunk_row], views[chunk_row]
         changes = np.flatnonzero((np.diff(block_of) != 0) | (np.diff(view_of) != 0)) + 1
         edges = [0, *changes.tolist(), len(numbers)]
-        shards, places = [], np.empty(len(numbers), np.int64)
-        for start, stop in itertools.pairwise(edges) if len(numbers) else ():
-            shard = self._shard(int(rows[chunk_row[start]]), int(view_of[start]))
+        starts = edges[:-1] if len(numbers) else []
+        shards = self._opened([(int(rows[chunk_row[start]]), int(view_of[start])) for start in starts], threads)
+        places = np.empty(len(numbers), np.int64)
+        for shard, start, stop in zip(shards, starts, edges[1:], strict=False):
             places[start:stop] = shard.places[numbers[start:stop]]
-            shards.append(shard)
         absent = np.flatnonzero(places == MISSING)
         if len(absent):
             first = int(absent[0])
@@ -454,6 +479,19 @@ class Field:
         shard_of = np.repeat(np.arange(len(shards)), np.diff(edges)) if shards else np.empty(0, np.int64)
         memory = out.reshape(-1).view(np.uint8)
         read_chunks(self._files, Chunks(shards, shard_of, numbers, places, targets), memory, threads)
+
+    def _opened(self, rows: list[tuple[int, int]], threads: ReadThreads | None) -> list[Shard]:
+        """The shard of each (row, view); the indices of those that are new are read by all threads together."""
+        new = [(row, view) for row, view in rows if (row // self._rows_per_block, view) not in self._shards]
+        threads = threads or self._files.threads()
+        if threads is not None and len(new) > 1:
+
+            def open_some(start: int, stop: int) -> None:
+                for row, view in new[start:stop]:
+                    self._shard(row, view)
+
+            threads.share(open_some, len(new))
+        return [self._shard(row, view) for row, view in rows]
 
     def _shard(self, row: int, view: int) -> Shard:
         key = row // self._rows_per_block, view

@@ -332,6 +332,9 @@ class _RemoteReader:
         self.size = store.size(path)
         self._store, self._path = store, path
 
+    def expect_random(self) -> None:
+        pass
+
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         """One request for all buffers together, or several of PIECE_BYTES."""
         start, stop = offset, min(offset + sum(buffer.nbytes for buffer in buffers), self.size)
@@ -369,6 +372,10 @@ class SpooledObject:
         with storage_errors(self._spool):
             while view:
                 view = view[os.write(self._handle, view) :]
+
+    def write_all(self, parts: Iterator[memoryview]) -> None:
+        for part in parts:
+            self.write(part)
 
     def commit(self) -> str:
         """Uploads the object, replacing another. Returns its SHA-256."""

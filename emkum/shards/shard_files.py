@@ -76,6 +76,7 @@ class Shard:
             raise CorruptCache(
                 f"object {store.where(self.path)} is missing, its receipt says {self._stated.bytes} bytes", REPAIR
             ) from error
+        file.expect_random()
         if file.size != self._stated.bytes:
             raise CorruptCache(
                 f"object {store.where(self.path)} has {file.size} bytes, its receipt says {self._stated.bytes}", REPAIR
@@ -284,8 +285,8 @@ def _read_group(files: ShardFiles, shard: Shard, chunks: list[tuple[int, int, in
     """chunks: (number, place in the file, place in `out`), ascending in the file."""
     size, stride = shard.chunk_bytes, shard.chunk_bytes + 4
     seen = files.verify != "always" and all(shard.checked[number] for number, _, _ in chunks)
-    if seen and shard.mapped is not None:
-        mapped = shard.mapped
+    mapped = shard.mapped  # may be closed by another thread at any moment
+    if seen and mapped is not None:
         for _, place, target in chunks:
             out[target : target + size] = mapped[place * stride : place * stride + size]
         return

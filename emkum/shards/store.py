@@ -27,6 +27,9 @@ class ObjectWriter(Protocol):
 
     def write(self, data: bytes | memoryview) -> None: ...
 
+    def write_all(self, parts: Iterator[memoryview]) -> None:
+        """Writes the parts, bytes all, one after another; none is needed any more once this returns."""
+
     def commit(self) -> str:
         """Makes the object durable under its name, replacing another. Returns its SHA-256."""
 
@@ -45,6 +48,9 @@ class RangeReader(Protocol):
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Fills the buffers from `offset` on. Returns the bytes read, fewer only at the object's end."""
+
+    def expect_random(self) -> None:
+        """Reads will come at places in no order: reading ahead of them would be wasted."""
 
 
 class Store(Protocol):
@@ -220,6 +226,12 @@ class _LocalReader:
         if not stat.S_ISREG(status.st_mode):
             raise StorageFailure(f"{path} is not a file", "nothing of emkum's: remove it, or restore what was there")
         self.size = status.st_size
+
+    def expect_random(self) -> None:
+        assert self._handle is not None
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # it is advice: some file systems take none
+                os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         assert self._handle is not None
