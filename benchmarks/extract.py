@@ -1,9 +1,14 @@
 """Extraction against the bare forward pass of the same network: same batch, same type, same run, interleaved.
 
     python benchmarks/extract.py --teacher FOLDER --data TAR [--pictures 512] [--rounds 3] [--batch-size 32]
+    python benchmarks/extract.py --teachers FOLDER FOLDER     # several in one pass, against a run for each
+    python benchmarks/extract.py --store-inputs crops         # against tokens; then the teacher again, from the crops
 
 Without --data it draws scenes. Prints the median rates and `extract_over_forward`, 1.0 being the bare forward pass; the
 extraction decodes, runs the network, rounds, writes and syncs (loop time, without loading the network and scanning).
+`one_pass_over_separate`: seconds of a run for each of --teachers, over those of one run for all.
+`crops_over_tokens`: pictures a second with --store-inputs crops, over those with tokens.
+`from_crops_over_tars`: pictures a second of the same targets from the cache's crops, over those from the tars.
 """
 
 from __future__ import annotations
@@ -15,6 +20,9 @@ import statistics
 import tarfile
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,19 +40,22 @@ from emkum.stage1_extract.plan import ExtractConfig
 def main() -> None:
     arguments = parse()
     compute = arguments.compute or good_compute(torch.device(arguments.device))
+    rates: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         tar = first_pictures(arguments.data, arguments.pictures, Path(folder))
-        forward, whole = [], []
         network = load_network(arguments.teacher).placed(arguments.device, getattr(torch, compute))
         for number in range(arguments.rounds):
-            forward.append(forward_rate(network, arguments))
-            whole.append(extract_rate(tar, Path(folder) / f"cache{number}", compute, arguments))
-            print(f"round {number}: forward {forward[-1]:.1f}/s, extract {whole[-1]:.1f}/s", flush=True)
-    ratio = statistics.median(w / f for w, f in zip(whole, forward, strict=True))
+            config = extract_config(tar, Path(folder) / str(number), compute, arguments)
+            rates["forward"].append(forward_rate(network, arguments))
+            rates["extract"].append(extract_rate(config))
+            if arguments.store_inputs == "crops":
+                measure_crops(config, rates)
+            if arguments.teachers:
+                measure_teachers(config, arguments.teachers, rates)
+            print(f"round {number}: " + ", ".join(f"{n} {r[-1]:.1f}/s" for n, r in rates.items()), flush=True)
     result = {
-        "ratios": {"extract_over_forward": round(ratio, 4)},
-        "forward_per_second": round(statistics.median(forward), 2),
-        "extract_per_second": round(statistics.median(whole), 2),
+        "ratios": ratios(rates),
+        **{f"{name}_per_second": round(statistics.median(found), 2) for name, found in rates.items()},
         "pictures": arguments.pictures,
         "batch_size": arguments.batch_size,
         "size": arguments.size,
@@ -52,6 +63,21 @@ def main() -> None:
         "machine": machine(),
     }
     print(json.dumps(result) if arguments.json else json.dumps(result, indent=1))
+
+
+def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
+    """Medians over the rounds of what was measured in one round."""
+    wanted = {
+        "extract_over_forward": ("extract", "forward"),
+        "one_pass_over_separate": ("one_pass", "separate"),
+        "crops_over_tokens": ("crops", "extract"),
+        "from_crops_over_tars": ("from_crops", "from_tars"),
+    }
+    return {
+        name: round(statistics.median(a / b for a, b in zip(rates[over], rates[under], strict=True)), 4)
+        for name, (over, under) in wanted.items()
+        if over in rates
+    }
 
 
 def forward_rate(network, arguments: argparse.Namespace) -> float:
@@ -70,23 +96,42 @@ def forward_rate(network, arguments: argparse.Namespace) -> float:
         return batches * arguments.batch_size / (time.perf_counter() - started)
 
 
-def extract_rate(tar: Path, cache: Path, compute: str, arguments: argparse.Namespace) -> float:
-    result = extract(
-        ExtractConfig(
-            teacher=(arguments.teacher,),
-            data=(str(tar),),
-            cache=cache,
-            text_encoder="none",
-            cut=arguments.cut,
-            targets=tuple(arguments.targets.split(",")),
-            size=arguments.size,
-            compute=compute,
-            batch_size=arguments.batch_size,
-            device=arguments.device,
-        ),
-        say=lambda line: None,
+def extract_config(tar: Path, folder: Path, compute: str, arguments: argparse.Namespace) -> ExtractConfig:
+    return ExtractConfig(
+        teacher=(arguments.teacher,),
+        data=(str(tar),),
+        cache=folder / "tokens",
+        text_encoder="none",
+        cut=arguments.cut,
+        targets=tuple(arguments.targets.split(",")),
+        size=arguments.size,
+        compute=compute,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
     )
+
+
+def extract_rate(config: ExtractConfig) -> float:
+    """Pictures a second."""
+    result = extract(config, say=lambda line: None)
     return result.rows / result.loop_seconds
+
+
+def measure_crops(config: ExtractConfig, rates: dict[str, list[float]]) -> None:
+    """The same teacher with crops in place of tokens; then its targets alone, from the tars and from the crops."""
+    crops = replace(config, cache=config.cache.with_name("crops"), cut=0, store_inputs="crops")
+    rates["crops"].append(extract_rate(crops))
+    targets = replace(config, encoder="none", cut=0, name="again")
+    rates["from_tars"].append(extract_rate(targets))
+    rates["from_crops"].append(extract_rate(replace(targets, cache=crops.cache, data=(), from_crops=True)))
+
+
+def measure_teachers(config: ExtractConfig, teachers: Sequence[str], rates: dict[str, list[float]]) -> None:
+    """Targets of all teachers: each picture decoded once for all, or once for each. Rates count a picture once."""
+    targets = replace(config, encoder="none", cut=0, cache=config.cache.with_name("together"), teacher=tuple(teachers))
+    rates["one_pass"].append(extract_rate(targets))
+    alone = replace(targets, cache=config.cache.with_name("separate"))
+    rates["separate"].append(1 / sum(1 / extract_rate(replace(alone, teacher=(teacher,))) for teacher in teachers))
 
 
 def first_pictures(data: list[str] | None, num: int, folder: Path) -> Path:
@@ -112,6 +157,8 @@ def first_pictures(data: list[str] | None, num: int, folder: Path) -> Path:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="dinov2-s-imgfocus")
+    parser.add_argument("--teachers", nargs="*", help="several, in one pass and each for itself")
+    parser.add_argument("--store-inputs", choices=("tokens", "crops"), default="tokens")
     parser.add_argument("--data", nargs="*")
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)

@@ -35,7 +35,7 @@ from emkum.shards.views import Box, replay_view
 from emkum.stage1_extract import claimed
 from emkum.stage1_extract import extract as extract_module
 from emkum.stage1_extract.claimed import ClaimedBlocks
-from emkum.stage1_extract.encode import encode_batch
+from emkum.stage1_extract.encode import Output, Rows, encode_outputs
 from emkum.stage1_extract.extract import extract, planned
 from emkum.stage1_extract.plan import ExtractConfig, Task, survey
 from emkum.stage1_extract.quarantine import Quarantine
@@ -509,19 +509,23 @@ def test_a_sample_that_spoils_int8_statistics_stops_the_run_with_its_name(
     assert not (config.cache / "_emkum" / "fields").exists()
 
 
+def int8_rows(values: torch.Tensor, statistics: tuple[torch.Tensor, torch.Tensor], on_nonfinite: str = "stop") -> Rows:
+    return encode_outputs([Output("f", values, "int8", ["a", "b", "c"], statistics)], on_nonfinite)()["f"]
+
+
 def test_what_int8_cannot_standardise_is_refused_by_name() -> None:
     values, statistics = torch.randn(3, 2, 8), (torch.zeros(8), torch.full((8,), 1e-3))
     values[1, 1, 3] = 3e37
-    rows = encode_batch(values, "f", "int8", ["a", "b", "c"], statistics, on_nonfinite="quarantine")
+    rows = int8_rows(values, statistics, "quarantine")
     assert rows.refused == {1: "max |x| = 3e+37 cannot be standardised within float32 (int8)"}
     assert len(rows.encoded.values) == 2
     with pytest.raises(errors.NonFiniteFeature, match=r"f, sample b: max .x. = 3e.37"):
-        encode_batch(values, "f", "int8", ["a", "b", "c"], statistics)
+        int8_rows(values, statistics)
 
 
 def test_the_error_of_huge_values_is_not_called_none() -> None:
     values, statistics = torch.randn(3, 8) * 1e20, (torch.zeros(8), torch.ones(8))
-    summary = encode_batch(values, "f", "int8", ["a", "b", "c"], statistics).encoded.summary
+    summary = int8_rows(values, statistics).encoded.summary
     assert 1e-4 < summary.relative_l2 < 1e-2
 
 

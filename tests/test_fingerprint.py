@@ -257,6 +257,7 @@ BESIDE: dict[str, Any] = {  # fields, blocks or segments of their own; what is t
     "encoder": lambda config, networks: str(networks / "second"),
     "text_encoder": lambda config, networks: str(networks / "second-text"),
     "cut": lambda config, networks: 1,
+    "store_inputs": lambda config, networks: "crops",
     "targets": lambda config, networks: ("patches",),
     "name": lambda config, networks: "again",
     "views": lambda config, networks: 2,
@@ -276,6 +277,7 @@ SPEED_OR_PLACE: dict[str, Any] = {
     "cache": None,  # another cache: nothing to compare
     "workers": None,  # compared in the tests of many workers
     "scheduler": None,
+    "from_crops": None,  # compared in tests/test_crops.py
 }
 
 
@@ -304,7 +306,8 @@ def test_a_setting_that_names_something_else_goes_beside_what_is_there(
     quiet(config)
     before = everything(Path(config.cache))
     num_receipts = len([path for path in before if "receipts" in path])
-    quiet(replace(config, **{name: BESIDE[name](config, networks)}))
+    change = {name: BESIDE[name](config, networks)} | ({"cut": 0} if name == "store_inputs" else {})
+    quiet(replace(config, **change))
     after = everything(Path(config.cache))
     assert len([path for path in after if "receipts" in path]) > num_receipts
     grows = ("zarr.json", "scans.json")  # arrays get longer, and the times of tars are noted

@@ -69,7 +69,7 @@ SHORT = [
     Phase(
         "int8's statistics are measured", "emkum.stage1_extract.statistics", "_add_moments", more=("--storage", "int8")
     ),
-    Phase("the networks run", EXTRACT, "_encode_pictures", number=20, finished_blocks=1),
+    Phase("the networks run", EXTRACT, "_start_pictures", number=20, finished_blocks=1),
     # The thread that writes cannot be interrupted: it stays for a moment, and the loop waits for it.
     Phase("the write queue is full", "emkum.stage1_extract.writing", "Writing._append", 14, 6.0, finished_blocks=1),
     Phase("the last block is committed", "emkum.shards.ledger", "write_receipt_of_the_last", seconds=4.0),
@@ -82,7 +82,7 @@ LONG = [
     Phase("pictures are decoded", "emkum.stage1_extract.pictures", "PictureStream._of"),
     Phase("a block is claimed", "emkum.shards.claims", "Claims.take", number=3),
     Phase("objects are synced", "emkum.shards.durable", "sync_dir", number=40, seconds=4.0),
-    Phase("the first batch runs", EXTRACT, "_encode_pictures"),
+    Phase("the first batch runs", EXTRACT, "_start_pictures"),
 ]
 
 

@@ -115,7 +115,9 @@ class BlockStack(nn.Module):
                 bias = self.biases[index % len(self.biases)](grid, compute_dtype(block.qkv.weight))
             kept = queries if index == stop - 1 else None
             if self.checkpointing and torch.is_grad_enabled():
-                tokens_BTD, ffn_BTD = checkpoint(block, tokens_BTD, bias, mask_BT, kept, use_reentrant=False)
+                tokens_BTD, ffn_BTD = checkpoint(
+                    block, tokens_BTD, bias, mask_BT, kept, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 tokens_BTD, ffn_BTD = block(tokens_BTD, bias, mask_BT, kept)
             out.hidden.append(tokens_BTD)

@@ -97,7 +97,7 @@ class FrozenPass:
 
         Token outputs are zero where the mask is False.
         """
-        ids_BL, mask_BL = ids_BL.to(self.device), mask_BL.to(self.device)
+        ids_BL, mask_BL = (tensor.to(self.device, non_blocking=True) for tensor in (ids_BL, mask_BL))
         return self._run(lambda network: network.backbone.embed(ids_BL, mask_BL), mask_BL, wanted)
 
     def _run(

@@ -6,6 +6,7 @@ B batch, H height, W width, C colour.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -61,9 +62,16 @@ def normalised(preprocessing: Preprocessing, crops_BHWC: Tensor) -> Tensor:
     """uint8 crops_BHWC -> float32 images_BCHW: (colour / 255 - mean) / std, on the device of the crops."""
     if crops_BHWC.dtype != torch.uint8 or crops_BHWC.ndim != 4 or crops_BHWC.shape[-1] != 3:
         raise ValueError(f"crops of {crops_BHWC.dtype} {tuple(crops_BHWC.shape)}; uint8 [B, H, W, 3] is meant")
-    mean_C, std_C = (torch.tensor(x, device=crops_BHWC.device) for x in (preprocessing.mean, preprocessing.std))
+    mean_C, std_C = _colours(preprocessing.mean, preprocessing.std, crops_BHWC.device)
     images_BCHW = crops_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return images_BCHW.mul_((1 / (255 * std_C))[:, None, None]).sub_((mean_C / std_C)[:, None, None])
+
+
+@functools.lru_cache(maxsize=64)
+def _colours(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation on the device, copied there once: each copy would wait for all that is queued there."""
+    with torch.inference_mode(False):  # for whoever comes next, with gradients or without
+        return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
 def read_preprocessor(found: dict[str, Any], default: Preprocessing) -> Preprocessing:

@@ -1,11 +1,14 @@
-"""Teacher -> cache: decode, forward, quantise and write the missing blocks, all overlapping."""
+"""Teacher -> cache: decode, forward, quantise and write the missing blocks, all overlapping.
+
+N rows, H height, W width, C colour, L text positions.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,8 +22,8 @@ from emkum.shards.layout import Space
 from emkum.shards.segments import read_captions
 from emkum.stage1_extract import statistics as int8_statistics
 from emkum.stage1_extract.claimed import ClaimedBlocks
-from emkum.stage1_extract.encode import Rows, encode_batch
-from emkum.stage1_extract.pictures import Batch, PictureStream
+from emkum.stage1_extract.encode import Output, Rows, encode_crops, encode_outputs, for_device, host_buffer
+from emkum.stage1_extract.pictures import Batch, PictureStream, picture_source
 from emkum.stage1_extract.plan import ExtractConfig, Plan, Survey, Task, make_plan, require_room, survey
 from emkum.stage1_extract.probe import check_committed
 from emkum.stage1_extract.quarantine import Quarantine
@@ -140,59 +143,87 @@ def _of(plan: Plan, tasks: Sequence[Task], space: Space) -> list[Task]:
 
 # --- the two loops -------------------------------------------------------------------------------------
 
+# A batch is started (queued on the device) and finished (waited for) apart: the device has the next one by then.
+Started = Callable[[], Finished]
+
+
+def _hand_over(batches: Iterator[Started], writing: Writing, progress: Progress, bad: Quarantine) -> None:
+    """Each batch to the writer, once the one after it is started."""
+    for started in _one_behind(batches):
+        with progress.waiting("forward"):
+            finished = started()
+        bad.add(finished)
+        with progress.waiting("write"):
+            writing.put(finished)
+        progress.advance(len(finished.samples))
+
+
+def _one_behind(batches: Iterator[Started]) -> Iterator[Started]:
+    before = next(batches, None)
+    for after in batches:
+        assert before is not None
+        yield before
+        before = after
+    if before is not None:
+        yield before
+
 
 def _extract_pictures(plan: Plan, tasks: Iterable[Task], writing: Writing, progress: Progress, bad: Quarantine) -> None:
     config = plan.config
     statistics = int8_statistics.on_devices(plan)
-    stream = PictureStream(
-        plan.store, tasks, plan.paths, config.size, config.batch_size, config.threads or default_threads()
-    )
+    source = picture_source(plan)
+    stream = PictureStream(plan.store, tasks, source, config.batch_size, config.threads or default_threads())
     try:
-        batches = iter(stream)
-        while True:
-            with progress.waiting("decode"):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            with progress.waiting("forward"):
-                finished = _encode_pictures(plan, batch, statistics)
-            bad.add(finished)
-            with progress.waiting("write"):
-                writing.put(finished)
-            progress.advance(len(batch.rows))
+        _hand_over(_started_pictures(plan, iter(stream), statistics, progress), writing, progress, bad)
     finally:
         stream.close()
 
 
-def _encode_pictures(plan: Plan, batch: Batch, statistics: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Finished:
+def _started_pictures(
+    plan: Plan,
+    batches: Iterator[Batch],
+    statistics: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    progress: Progress,
+) -> Iterator[Started]:
+    while True:
+        with progress.waiting("decode"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        with progress.waiting("forward"):
+            started = _start_pictures(plan, batch, statistics)
+        yield started
+
+
+def _start_pictures(plan: Plan, batch: Batch, statistics: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Started:
     """Every field's rows for the good pictures of the batch."""
     samples = [(row.picture.tar, row.picture.key) for row in batch.rows]
     bad = {i: row.reason for i, row in enumerate(batch.rows) if row.crop is None}
-    good = [row for row in batch.rows if row.crop is not None and row.box is not None]
+    good = [row for row in batch.rows if row.crop is not None]
+    crops = [row.crop for row in good if row.crop is not None]
     if not good:
-        return Finished(batch.task, samples, bad, {}, batch.last)
-    boxes = np.stack([row.box.as_row() for row in good if row.box is not None])
-    encoded = {}
-    outputs = {}
-    if plan.image_pass is not None:
-        crops = torch.from_numpy(np.stack([row.crop for row in good if row.crop is not None]))
-        wanted = _wanted(plan, batch.task)
-        outputs = dict(zip(wanted, plan.image_pass.pictures(crops, wanted), strict=True))
+        return lambda: Finished(batch.task, samples, bad, {}, batch.last)
     names = [row.picture.name for row in good]
+    device = torch.device("cpu") if plan.image_pass is None else plan.image_pass.device
+    crops_NHWC = host_buffer((len(crops), *crops[0].shape), torch.uint8, device)
+    np.stack(crops, out=crops_NHWC.numpy())
+    wanted = _wanted(plan, batch.task)
+    said = {}
+    if plan.image_pass is not None and wanted:
+        said = dict(zip(wanted, plan.image_pass.pictures(crops_NHWC, wanted), strict=True))
+    outputs: list[Output] = []
+    exact: dict[str, Rows] = {}
     for name in batch.task.fields:
         field = plan.fields[name]
-        if field.wanted is None:
-            encoded[name] = Rows(encode(boxes, "float32"), {})
+        if field.wanted is not None:
+            outputs.append(Output(name, said[field.wanted], field.spec.storage, names, statistics.get(name)))
+        elif field.spec.kind == "crops":
+            exact[name] = encode_crops(crops_NHWC.numpy())
         else:
-            encoded[name] = encode_batch(
-                outputs[field.wanted],
-                name,
-                field.spec.storage,
-                names,
-                statistics.get(name),
-                on_nonfinite=plan.config.on_nonfinite,
-            )
-    return Finished(batch.task, samples, bad, encoded, batch.last)
+            boxes = np.stack([row.box.as_row() for row in good if row.box is not None])
+            exact[name] = Rows(encode(boxes, "float32"), {})
+    encoded = encode_outputs(outputs, plan.config.on_nonfinite)
+    return lambda: Finished(batch.task, samples, bad, exact | encoded(), batch.last)
 
 
 def _wanted(plan: Plan, task: Task) -> list[Wanted]:
@@ -201,8 +232,15 @@ def _wanted(plan: Plan, task: Task) -> list[Wanted]:
 
 
 def _extract_captions(plan: Plan, tasks: Iterable[Task], writing: Writing, progress: Progress, bad: Quarantine) -> None:
-    config = plan.config
-    statistics = int8_statistics.on_devices(plan)
+    _hand_over(_started_captions(plan, tasks, int8_statistics.on_devices(plan), progress), writing, progress, bad)
+
+
+def _started_captions(
+    plan: Plan,
+    tasks: Iterable[Task],
+    statistics: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    progress: Progress,
+) -> Iterator[Started]:
     segment, table = None, None
     for task in tasks:
         if task.segment is not segment:
@@ -211,56 +249,47 @@ def _extract_captions(plan: Plan, tasks: Iterable[Task], writing: Writing, progr
         rows = table.slice(task.first_row - task.segment.text.first_row, task.rows)
         captions = rows["caption"].to_pylist()
         samples = list(zip(rows["tar"].to_pylist(), rows["key"].to_pylist(), strict=True))
-        for first in range(0, task.rows, config.batch_size):
-            here = slice(first, first + config.batch_size)
+        for first in range(0, task.rows, plan.config.batch_size):
+            here = slice(first, first + plan.config.batch_size)
             with progress.waiting("forward"):
-                encoded = _encode_captions(plan, task, captions[here], samples[here], statistics)
-            finished = Finished(task, samples[here], {}, encoded, last=here.stop >= task.rows)
-            bad.add(finished)
-            with progress.waiting("write"):
-                writing.put(finished)
-            progress.advance(len(captions[here]))
+                started = _start_captions(plan, task, captions[here], samples[here], here.stop >= task.rows, statistics)
+            yield started
 
 
-def _encode_captions(
+def _start_captions(
     plan: Plan,
     task: Task,
     captions: Sequence[str],
     samples: Sequence[tuple[str, str]],
+    last: bool,
     statistics: dict[str, tuple[torch.Tensor, torch.Tensor]],
-) -> dict[str, Rows]:
+) -> Started:
     assert plan.tokenizer is not None
     ids, length = text_ids(plan.tokenizer, captions, plan.config.max_tokens)
-    encoded = {}
+    exact: dict[str, Rows] = {}
     for name in task.fields:
-        field = plan.fields[name]
-        if field.wanted is None:
+        if plan.fields[name].wanted is None:
             real = np.arange(ids.shape[1]) < length[:, None]
             stored = Encoded(np.where(real, ids, 0), None, length, summarise(ids[real].astype(np.float32)))
-            encoded[name] = Rows(stored, {})
+            exact[name] = Rows(stored, {})
     wanted = _wanted(plan, task)
-    if plan.text_pass is not None and wanted:
-        longest = int(length.max())
-        mask = torch.from_numpy(np.arange(longest) < length[:, None])
-        outputs = dict(zip(wanted, plan.text_pass.texts(torch.from_numpy(ids[:, :longest]), mask, wanted), strict=True))
-        keys = [f"{tar}/{key}" for tar, key in samples]
-        for name in task.fields:
-            field = plan.fields[name]
-            if field.wanted is not None:
-                output = outputs[field.wanted]
-                if field.spec.kind == "ragged":
-                    padding = plan.config.max_tokens - longest
-                    output = torch.nn.functional.pad(output, (0, 0, 0, padding))
-                encoded[name] = encode_batch(
-                    output,
-                    name,
-                    field.spec.storage,
-                    keys,
-                    statistics.get(name),
-                    length,
-                    on_nonfinite=plan.config.on_nonfinite,
-                )
-    return encoded
+    if plan.text_pass is None or not wanted:
+        return lambda: Finished(task, samples, {}, exact, last)
+    longest = int(length.max())
+    device = plan.text_pass.device
+    ids_NL, mask_NL = for_device(ids[:, :longest], device), for_device(np.arange(longest) < length[:, None], device)
+    said = plan.text_pass.texts(ids_NL, mask_NL, wanted)
+    keys = [f"{tar}/{key}" for tar, key in samples]
+    outputs = []
+    for name in task.fields:
+        field = plan.fields[name]
+        if field.wanted is not None:
+            values = said[wanted.index(field.wanted)]
+            if field.spec.kind == "ragged":
+                values = torch.nn.functional.pad(values, (0, 0, 0, plan.config.max_tokens - longest))
+            outputs.append(Output(name, values, field.spec.storage, keys, statistics.get(name), length))
+    encoded = encode_outputs(outputs, plan.config.on_nonfinite)
+    return lambda: Finished(task, samples, {}, exact | encoded(), last)
 
 
 # --- fields ----------------------------------------------------------------------------------------------

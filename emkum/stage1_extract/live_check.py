@@ -29,11 +29,12 @@ from emkum.models.network import Network
 from emkum.models.passes import FrozenPass, Wanted, chosen_device
 from emkum.shards.audit import printable
 from emkum.shards.fingerprint import differences
-from emkum.shards.layout import FORMAT, Space, canonical_json
+from emkum.shards.layout import FORMAT, canonical_json
 from emkum.shards.reader import Cache, Field
 from emkum.shards.store import Store
 from emkum.shards.tars import find_tars
 from emkum.shards.views import DECODER
+from emkum.stage1_extract.crops import crops_spec
 from emkum.stage1_extract.probe import (
     MIN_COSINE,
     Compared,
@@ -93,12 +94,14 @@ class SampleReport:
     url: str
     device: str
     fields: tuple[FieldSample, ...]
-    absent: tuple[str, ...]  # tars that are not at hand, of which no row was drawn
+    absent: tuple[str, ...]  # tars that are not at hand
+    from_crops: bool  # whether the pictures of these came from the cache's crops; if not, no row of theirs was drawn
 
     def to_json(self) -> dict[str, Any]:
         return {
             "device": self.device,
             "absent_tars": list(self.absent),
+            "absent_tars_from_crops": self.from_crops,
             "fields": {sample.field: _field_json(sample) for sample in self.fields},
             "agrees": not any(sample.wrong for sample in self.fields),
         }
@@ -125,9 +128,10 @@ def check_sample(
 ) -> SampleReport:
     """Draws `config.rows` committed rows of every field that comes from these networks, and computes them again.
 
-    Settings are the fields' own: crop size, views, compute type, tokenizer. Rows that do not agree are in the report.
+    Pictures of tars that are not at hand come from the cache's crops, if it keeps some of their size. Settings are
+    the fields' own: crop size, views, compute type, tokenizer. Rows that do not agree are in the report.
     Raises MissingField where no field bears a network's name, FingerprintMismatch where one does and has other
-    weights, SourceChanged for a tar that is not what it was, NoData if no tar is at hand.
+    weights, SourceChanged for a tar that is not what it was, NoData if neither tars nor crops are at hand.
     """
     cache = Cache.open(place)
     fields = {name: network for network in networks for name in _fields_of(cache, network)}
@@ -152,7 +156,8 @@ def check_sample(
             "finish the extraction, or say where the tars lie: --data FOLDER",
         )
     samples = tuple(_summary(name, found) for name, found in sorted(compared.items()))
-    return SampleReport(cache.store.url, str(device), samples, tuple(sorted(absent)))
+    from_crops = any(work.kept is not None for work in works)
+    return SampleReport(cache.store.url, str(device), samples, tuple(sorted(absent)), from_crops)
 
 
 def require_agreement(report: SampleReport) -> None:
@@ -183,7 +188,8 @@ def table(report: SampleReport) -> str:
         if len(sample.wrong) > 10:
             lines.append(f"and {len(sample.wrong) - 10} more of {sample.field}: --json lists all")
     if report.absent:
-        lines.append(f"no row of {len(report.absent)} tars that are not at hand: {', '.join(report.absent[:5])}")
+        what = "pictures from the cache's crops for" if report.from_crops else "no row of"
+        lines.append(f"{what} {len(report.absent)} tars that are not at hand: {', '.join(report.absent[:5])}")
     lines.append(f"computed on {report.device}; a row agrees with a cosine of {MIN_COSINE} or more")
     return "\n".join(map(printable, lines))
 
@@ -262,8 +268,9 @@ def _works(cache: Cache, fields: Mapping[str, Network], device: Any) -> list[Wor
         if space == "image":
             policies = {segment.views.name for segment in cache.segments if segment.image.rows}
             boxes = [f"views/{policy}/boxes" for policy in sorted(policies)]
-            wanted |= {name: None for name in boxes if name in cache.fields}
-            works.append(Work("image", wanted, frozen, {}, size=size))
+            crops = crops_spec(size).name
+            wanted |= {name: None for name in (*boxes, crops) if name in cache.fields}
+            works.append(Work("image", wanted, frozen, {}, size=size, kept=cache.fields.get(crops)))
         else:
             ids = [f for f in cache.fields.values() if f.kind == "ids" and f.fingerprint.get("tokenizer") == tokenizer]
             wanted |= {field.name: None for field in ids if field.fingerprint.get("max_tokens") == max_tokens}
@@ -310,7 +317,7 @@ def _with_tars(cache: Cache, work: Work, data: Sequence[str], absent: set[str]) 
                     "say where the original lies: --data FOLDER",
                 )
             paths[source.tar] = path
-    if not paths:
+    if not paths and work.kept is None:
         raise NoData(
             f"none of the {len(absent)} tars that {cache.store.url} was extracted from is at hand",
             "say where they lie now: --data FOLDER",
@@ -321,8 +328,8 @@ def _with_tars(cache: Cache, work: Work, data: Sequence[str], absent: set[str]) 
 def _draw(cache: Cache, work: Work, count: int, random: np.random.Generator) -> dict[Place, tuple[str, ...]]:
     """`count` rows of every field that a network computes, the same ones where several hold them."""
     fields = [cache.field(name) for name, want in work.wanted.items() if want is not None]
-    at_hand = rows_at_hand(cache, work)
     num_views = max(field.num_views for field in fields)
+    at_hand = [rows_at_hand(cache, work, view) for view in range(num_views)]
     committed = {field.name: _codes(cache, field, at_hand, num_views) for field in fields}
     order = random.permutation(np.unique(np.concatenate(list(committed.values()))))
     chosen: dict[Place, list[str]] = defaultdict(list)
@@ -335,19 +342,18 @@ def _draw(cache: Cache, work: Work, count: int, random: np.random.Generator) -> 
     return {place: tuple(listed) for place, listed in chosen.items()}
 
 
-def _codes(cache: Cache, field: Field, at_hand: np.ndarray, num_views: int) -> np.ndarray:
+def _codes(cache: Cache, field: Field, at_hand: Sequence[np.ndarray], num_views: int) -> np.ndarray:
     """row * num_views + view of every committed row of the field that is at hand."""
     found = [np.empty(0, np.int64)]
     for view in range(field.num_views):
         rows = np.concatenate([field.rows(split, view) for split in cache.splits])
-        found.append(np.intersect1d(rows, at_hand, assume_unique=True) * num_views + view)
+        found.append(np.intersect1d(rows, at_hand[view], assume_unique=True) * num_views + view)
     return np.concatenate(found)
 
 
 def _belongs(cache: Cache, field: Field, place: Place) -> bool:
     """Boxes belong to the segments of one view policy."""
-    space: Space = "image" if field.kind == "boxes" else "text"
-    return space == "text" or field.name == f"views/{segment_of(cache, 'image', place.row).views.name}/boxes"
+    return field.kind != "boxes" or field.name == f"views/{segment_of(cache, 'image', place.row).views.name}/boxes"
 
 
 # --- the report ------------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ from emkum.shards.layout import (
     check_cache_name,
     model_dir,
 )
-from emkum.shards.ledger import Receipt
+from emkum.shards.ledger import Receipt, field_record_paths, read_field_record
+from emkum.shards.reader import Field
 from emkum.shards.segments import (
     Segment,
     check_split_name,
@@ -55,12 +56,16 @@ from emkum.shards.strict_json import loads
 from emkum.shards.tars import OnTruncated, SourceTar, find_tars
 from emkum.shards.views import DECODER, Box, ViewPolicy
 from emkum.shards.writer import CacheWriter, read_root, require_cache_or_empty
+from emkum.stage1_extract.crops import chosen_size, crops_spec, open_crops, require_crops
 from emkum.stage1_extract.scans import ScanMemory
 
 OnNonfinite = Literal["stop", "quarantine"]
+StoreInputs = Literal["tokens", "crops"]
 IMAGE_TARGETS = ("cls", "patches", "layers", "logits")
 TEXT_TARGETS = ("cls", "patches", "layers")
 DEFAULT_TEXT_ENCODER = "bert-base"
+DEFAULT_DATA = ("./data",)
+DEFAULT_SIZE = 224
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,17 @@ class ExtractConfig:
     """One `emkum extract`. None: the default the help text states."""
 
     teacher: tuple[str, ...]
-    data: tuple[str, ...] = ("./data",)
+    data: tuple[str, ...] = DEFAULT_DATA
     cache: Path | str = Path("./shards")
     split: str = "train"
     encoder: str | None = None
     cut: int = 0
+    store_inputs: StoreInputs = "tokens"
+    from_crops: bool = False
     text_encoder: str | None = None
     targets: tuple[str, ...] = ()
     name: str | None = None
-    size: int = 224
+    size: int | None = None
     crop: tuple[float, float] | None = None
     flip: bool = False
     jitter: float = 0.0
@@ -109,8 +116,29 @@ class ExtractConfig:
         _require(self.threads is None or self.threads > 0, f"--threads {self.threads}", "give 1 or more")
         _require(self.batch_size > 0, f"--batch-size {self.batch_size}", "give a positive number")
         _require(self.views > 0, f"--views {self.views}", "give a positive number")
-        _require(0 < self.size <= 4096, f"--size {self.size}", "give the crop's side in pixels, 1 to 4096")
+        _require(0 < self.side <= 4096, f"--size {self.size}", "give the crop's side in pixels, 1 to 4096")
         _require(self.cut >= 0, f"--cut {self.cut}", "0 keeps patch embeddings, k the tokens after block k")
+        crops = self.store_inputs == "crops"
+        _require(
+            self.store_inputs in ("tokens", "crops"),
+            f"--store-inputs {self.store_inputs}",
+            "choose tokens (the default) or crops",
+        )
+        _require(
+            not crops or self.cut == 0,
+            f"--store-inputs crops with --cut {self.cut}",
+            f"crops serve every cut: leave --cut out, and choose it in training with --set data.cut={self.cut}",
+        )
+        _require(
+            not crops or self.encoder != "none",
+            "--store-inputs crops with --encoder none",
+            "name the encoder that training starts from, or leave --store-inputs out to keep targets only",
+        )
+        _require(
+            not self.from_crops or self.data in ((), DEFAULT_DATA),
+            f"--from-crops with --data {' '.join(self.data)}",
+            "from the crops of the cache no tar is read: leave one of them out",
+        )
         _require(
             self.max_tokens > 0 and self.max_tokens % TEXT_TILE == 0,
             f"--max-tokens {self.max_tokens}",
@@ -147,6 +175,11 @@ class ExtractConfig:
         _ = self.policy  # raises UsageError for crops, jitter and views that cannot be
 
     @property
+    def side(self) -> int:
+        """Of the square crops, in pixels."""
+        return DEFAULT_SIZE if self.size is None else self.size
+
+    @property
     def policy(self) -> ViewPolicy:
         """The split's view policy: random crops of 0.9 to 1 of the area for `train`, the centre square otherwise."""
         crop = self.crop or ((0.9, 1.0) if self.split == "train" else (1.0, 1.0))
@@ -159,7 +192,7 @@ class PlannedField:
 
     spec: FieldSpec
     fingerprint: Fingerprint
-    wanted: Wanted | None  # None: boxes and token ids, which no network computes
+    wanted: Wanted | None  # None: boxes, crops and token ids, which no network computes
     environment: dict[str, Any]
 
 
@@ -187,6 +220,7 @@ class Plan:
     tasks: tuple[Task, ...]
     segments: tuple[Segment, ...]
     paths: dict[str, str]  # tar name -> where it lies now
+    crops: Field | None  # where the pictures come from, if not from tars
     filtered: int  # samples with neither picture nor caption
     duplicate_keys: int  # keys that appear in more than one tar
 
@@ -212,7 +246,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a run found before it touches the cache: the tars, the networks, and what the settings come to."""
+    """What a run found before it touches the cache: the tars, the networks, and what the settings come to.
+
+    From crops there are no tars, and `config.size` is that of the crops.
+    """
 
     config: ExtractConfig
     store: Store
@@ -231,11 +268,11 @@ def survey(config: ExtractConfig) -> Survey:
 
     Raises AnotherWriter before the slow part if the cache is being written and `join` is not set.
     """
-    paths = find_tars(config.data)
+    paths = [] if config.from_crops else find_tars(config.data)
     device = chosen_device(config.device)
     store = open_store(config.cache)
     segments: Sequence[Segment] = ()
-    if require_cache_or_empty(store):
+    if config.from_crops or require_cache_or_empty(store):
         read_root(store)
         if not config.join:
             Claims(store).require_alone()
@@ -244,7 +281,13 @@ def survey(config: ExtractConfig) -> Survey:
     memory = ScanMemory(store, config.on_truncated, config.allow_missing_eof)
     memory.know(segments)
     known, tars = _scan(paths, memory)
-    has_pictures, has_captions = _contents(config, known, tars, segments)
+    if config.from_crops:
+        has_pictures, has_captions = _contents_of_split(config, segments, store)
+        has_pictures = has_pictures and bool(networks.image_teachers or networks.encoder)
+        if has_pictures:
+            config = replace(config, size=chosen_size(store, config.size, _with_crops(config, store)))
+    else:
+        has_pictures, has_captions = _contents(config, known, tars, segments)
     networks = _complete(networks, config, has_pictures, has_captions)
     return Survey(config, store, device, paths, known, tars, networks, memory, has_pictures, has_captions)
 
@@ -261,6 +304,7 @@ class Committed:
     text_pass: FrozenPass | None
     tokenizer: bytes | None
     paths: dict[str, str]  # tar name -> where it lies, of the tars that are at hand as they were
+    crops: Field | None  # where the pictures come from, if not from tars
 
 
 def make_plan(
@@ -283,8 +327,9 @@ def make_plan(
         require_split(writer.segments, config.split, os.path.basename(path))
     if any(sample.picture for tar in fresh for sample in tar.samples):
         require_same_views(writer.segments, config.split, config.policy)
+    crops = open_crops(found.store, config.side) if config.from_crops and found.has_pictures else None
     fields, image_pass, text_pass = _fields(
-        config, networks, found.device, writer, found.has_pictures, found.has_captions
+        config, networks, found.device, writer, found.has_pictures, found.has_captions, crops
     )
     for field in fields.values():
         _check_record(writer, field)
@@ -293,15 +338,20 @@ def make_plan(
     receipts = {name: writer.receipts(name) for name in fields}
     _require_objects(found.store, receipts)
     names = {tar.name for tar in tars} | {os.path.basename(path) for path in found.known}
+    if config.from_crops:
+        names = {source.tar for segment in writer.segments for source in segment.sources}
     where = {os.path.basename(path): path for path in found.paths}
     tokenizer = networks.tokenizer.tokenizer if networks.tokenizer else None
     segments = _segments_of(writer, config.split, names)
-    adds = bool(fresh or _tasks(config, writer.rows_per_block, fields, segments, receipts))
-    if adds and any(receipts.values()):
-        paths = _at_hand(writer.segments, where, memory)
+    tasks = _tasks(config, writer.rows_per_block, fields, segments, receipts)
+    if crops is not None:
+        places = {(task.block, task.view) for task in tasks if fields[task.fields[0]].spec.space == "image"}
+        require_crops(crops, places, found.store, _with_crops(config, found.store))
+    if (fresh or tasks) and any(receipts.values()):
+        paths = {} if config.from_crops else _at_hand(writer.segments, where, memory)
         recorded = {name: field for name, field in fields.items() if writer.field_record(name) is not None}
         held = {name: receipts[name] for name in recorded}
-        check(Committed(config, found.store, recorded, held, image_pass, text_pass, tokenizer, paths))
+        check(Committed(config, found.store, recorded, held, image_pass, text_pass, tokenizer, paths, crops))
     _keep_networks(writer, networks)
     if fresh:
         writer.append_segment(config.split, config.policy, fresh)
@@ -309,7 +359,8 @@ def make_plan(
     segments = _segments_of(writer, config.split, names)
     if any(field.spec.space == "image" for field in fields.values()):
         require_same_views(segments, config.split, config.policy)
-    _require_tars(segments, where, memory)
+    if not config.from_crops:
+        _require_tars(segments, where, memory)
     tasks = _tasks(config, writer.rows_per_block, fields, segments, receipts)
     missing = {name for task in tasks for name in task.fields}
     image_pass, text_pass = (_narrowed(p, fields, missing) for p in (image_pass, text_pass))
@@ -325,6 +376,7 @@ def make_plan(
         tasks,
         segments,
         where,
+        crops,
         sum(tar.filtered for tar in tars),
         len(keys) - len({key for _, key in keys}),
     )
@@ -382,15 +434,24 @@ def _load_networks(config: ExtractConfig) -> _Networks:
 
 
 def _complete(networks: _Networks, config: ExtractConfig, has_pictures: bool, has_captions: bool) -> _Networks:
-    """Fills in the encoders that were not named: the first teacher of the modality, or bert-base for captions."""
+    """Fills in the encoders that were not named: the first teacher of the modality, or bert-base for captions.
+
+    From crops neither: the cache holds the student's inputs. But a text teacher needs its own ids.
+    """
     encoder, text_encoder = networks.encoder, networks.text_encoder
-    if has_pictures and encoder is None and networks.image_teachers and config.encoder != "none":
+    wants_inputs = config.encoder != "none" and not config.from_crops
+    if has_pictures and encoder is None and networks.image_teachers and wants_inputs:
         encoder = next((t for t in networks.image_teachers if t.depth), None)
         if encoder is None:
             raise UsageError(
                 f"teacher {networks.image_teachers[0].name} has no Transformer blocks that a student could start from",
                 "name the student's encoder, for example --encoder dinov2-s, or --encoder none to keep targets only",
             )
+    if config.store_inputs == "crops" and encoder is None and has_pictures and not config.from_crops:
+        raise UsageError(
+            "--store-inputs crops without a network that reads pictures",
+            "name the one that training starts from, for example --encoder dinov2-s",
+        )
     if encoder is not None and config.cut > encoder.depth:
         raise UsageError(
             f"--cut {config.cut} of {encoder.name}, which has {encoder.depth} blocks",
@@ -399,7 +460,7 @@ def _complete(networks: _Networks, config: ExtractConfig, has_pictures: bool, ha
     if has_captions and text_encoder is None and config.text_encoder != "none":
         if networks.text_teachers:
             text_encoder = networks.text_teachers[0]
-        elif encoder is not None:
+        elif encoder is not None and not config.from_crops:  # the ids lie there already
             text_encoder = _default_text_encoder()
     if networks.image_teachers and not has_pictures:
         raise NoData(
@@ -469,30 +530,34 @@ def _fields(
     writer: CacheWriter,
     has_pictures: bool,
     has_captions: bool,
+    crops: Field | None,
 ) -> tuple[dict[str, PlannedField], FrozenPass | None, FrozenPass | None]:
     fields: dict[str, PlannedField] = {}
     image_pass = text_pass = None
     if has_pictures and (networks.encoder or networks.image_teachers):
-        policy = config.policy
-        boxes = FieldSpec(f"views/{policy.name}/boxes", "boxes", "float32", (len(fields_of(Box)),))
-        fields[boxes.name] = PlannedField(
-            boxes, Fingerprint("boxes", "float32", boxes.row_shape, decoder=DECODER), None, {}
-        )
+        if crops is None:
+            fields |= _fields_of_views(config)
+        decoder = DECODER if crops is None else crops.fingerprint["decoder"]
+        encoder = networks.encoder
+        if config.store_inputs == "crops" and encoder is not None and isinstance(encoder.backbone, Backbone):
+            encoder.backbone.grid(config.side, config.side)  # raises UsageError unless its patches fill the crops
+        members = _unique([encoder, *networks.image_teachers])
         wanted = _image_wanted(config, networks)
-        members = _unique([networks.encoder, *networks.image_teachers])
-        image_pass = FrozenPass(members, list(wanted), _compute(config, device, writer, wanted), device)
-        crop = torch.zeros(1, config.size, config.size, 3, dtype=torch.uint8)
-        outputs = image_pass.pictures(crop)
+        outputs: Sequence[torch.Tensor] = ()
+        if wanted:
+            image_pass = FrozenPass(members, list(wanted), _compute(config, device, writer, wanted), device)
+            outputs = image_pass.pictures(torch.zeros(1, config.side, config.side, 3, dtype=torch.uint8))
         for (want, (name, kind)), output in zip(wanted.items(), outputs, strict=True):
+            assert image_pass is not None
             network = image_pass.networks[want.network]
             spec = FieldSpec(name, kind, config.storage, tuple(output.shape[1:]))
             assert network.preprocessing is not None
             fingerprint = Fingerprint(
                 **_common(spec, network, want, image_pass.compute),
-                size=config.size,
+                size=config.side,
                 mean=network.preprocessing.mean,
                 std=network.preprocessing.std,
-                decoder=DECODER,
+                decoder=decoder,
             )
             fields[name] = PlannedField(spec, fingerprint, want, _environment(network, device))
     if has_captions and networks.tokenizer is not None and (networks.text_encoder or networks.text_teachers):
@@ -539,6 +604,21 @@ def _fields(
     return fields, image_pass, text_pass
 
 
+def _fields_of_views(config: ExtractConfig) -> dict[str, PlannedField]:
+    """Boxes, and crops if they are kept."""
+    boxes = FieldSpec(f"views/{config.policy.name}/boxes", "boxes", "float32", (len(fields_of(Box)),))
+    found = {
+        boxes.name: PlannedField(boxes, Fingerprint("boxes", "float32", boxes.row_shape, decoder=DECODER), None, {})
+    }
+    if config.store_inputs == "crops":
+        crops = crops_spec(config.side)
+        fingerprint = Fingerprint("crops", "uint8", crops.row_shape, size=config.side, decoder=DECODER)
+        found[crops.name] = PlannedField(
+            crops, fingerprint, None, {"emkum": emkum.__version__, "pillow": PIL.__version__}
+        )
+    return found
+
+
 def _narrowed(whole: FrozenPass | None, fields: dict[str, PlannedField], missing: set[str]) -> FrozenPass | None:
     """The pass without the outputs whose blocks are all committed; None if nothing is left."""
     if whole is None:
@@ -551,7 +631,7 @@ def _narrowed(whole: FrozenPass | None, fields: dict[str, PlannedField], missing
 
 def _image_wanted(config: ExtractConfig, networks: _Networks) -> dict[Wanted, tuple[str, Kind]]:
     wanted: dict[Wanted, tuple[str, Kind]] = {}
-    if networks.encoder is not None:
+    if networks.encoder is not None and config.store_inputs == "tokens":
         name = networks.encoder.name
         wanted[Wanted(name, "tokens", config.cut)] = (f"image/{name}@{config.cut}/tokens", "tokens")
     for teacher in networks.image_teachers:
@@ -677,6 +757,34 @@ def _contents(
     return pictures, captions
 
 
+def _contents_of_split(config: ExtractConfig, segments: Sequence[Segment], store: Store) -> tuple[bool, bool]:
+    """Whether the cache holds pictures and captions of the split."""
+    here = [segment for segment in segments if segment.split == config.split]
+    if not here:
+        splits = ", ".join(dict.fromkeys(segment.split for segment in segments))
+        raise NoData(
+            f"{store.url} has no split {config.split}; it has: {splits or 'none'}",
+            "name one of these with --split, or add the split from its tars: --data in place of --from-crops",
+        )
+    return any(segment.image.rows for segment in here), any(segment.text.rows for segment in here)
+
+
+def _with_crops(config: ExtractConfig, store: Store) -> str:
+    """The command that writes the crops which this run is to read, beside its own fields."""
+    size = config.size
+    if size is None:  # that of the cache's other fields of pictures
+        records = [read_field_record(store, path)["fingerprint"].get("size") for path in field_record_paths(store)]
+        sizes = {size for size in records if size is not None}
+        size = sizes.pop() if len(sizes) == 1 else None
+    words = [f"emkum extract --cache {store.url} --split {config.split} --data <tars>"]
+    words += [f"--teacher {teacher}" for teacher in config.teacher]
+    words += [f"--encoder {config.encoder}"] if config.encoder not in (None, "none") else []
+    words += ["--store-inputs crops"]
+    words += [f"--size {size}"] if size not in (None, DEFAULT_SIZE) else []
+    words += [f"--views {config.views}"] if config.views > 1 else []
+    return " ".join(words)
+
+
 def _segments_of(writer: CacheWriter, split: str, tars: Collection[str]) -> tuple[Segment, ...]:
     """The split's segments that hold one of these tars."""
     return tuple(s for s in writer.segments if s.split == split and any(x.tar in tars for x in s.sources))
@@ -760,7 +868,7 @@ def require_room(plan: Plan) -> None:
     if free is not None and needed > free:
         raise StorageFailure(
             f"the missing blocks need {needed:,} bytes in {plan.store.url}, {free:,} are free",
-            f"free {needed - free:,} bytes more, use --storage int8, or fewer --targets",
+            f"free {needed - free:,} bytes more, use --storage int8, --store-inputs crops, or fewer --targets",
         )
 
 

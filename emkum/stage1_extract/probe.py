@@ -20,7 +20,15 @@ from emkum.shards.layout import Space
 from emkum.shards.reader import Cache, Field
 from emkum.shards.segments import Segment, read_captions
 from emkum.shards.tars import read_member
-from emkum.stage1_extract.pictures import Decoded, Picture, PictureStream, picture_table
+from emkum.stage1_extract.pictures import (
+    Decoded,
+    Picture,
+    PictureSource,
+    PictureStream,
+    from_crops,
+    from_tars,
+    picture_table,
+)
 from emkum.stage1_extract.plan import Committed, Task
 
 CHECKED_ROWS = 8  # of each space, before a run adds to a cache
@@ -50,8 +58,8 @@ Chosen = Mapping[Place, tuple[str, ...]]  # the fields to compare at each place
 class Work:
     """Fields of one space that are computed together.
 
-    wanted: field -> the output it keeps; None for boxes and ids, which no network computes. size: pixels of the crops.
-    paths: where the tars lie that are at hand.
+    wanted: field -> the output it keeps; None for boxes, crops and ids, which no network computes. size: pixels of the
+    crops. paths: where the tars lie that are at hand. kept: crops of the cache, for pictures of other tars.
     """
 
     space: Space
@@ -59,15 +67,33 @@ class Work:
     frozen: FrozenPass | None
     paths: Mapping[str, str]
     size: int = 0
+    kept: Field | None = None
     tokenizer: bytes = b""
     max_tokens: int = 0
+
+    @property
+    def source(self) -> PictureSource:
+        """Where the pictures come from."""
+        tars = from_tars(self.paths, self.size)
+        if self.kept is None:
+            return tars
+        crops = from_crops(self.kept)
+
+        def look(task: Task, pictures: Sequence[Picture]) -> list[Decoded]:
+            return [
+                found
+                for picture in pictures
+                for found in (tars if picture.tar in self.paths else crops).look(task, [picture])
+            ]
+
+        return PictureSource(look)
 
 
 @dataclass(frozen=True)
 class Compared:
     """One row of one field as it is in the cache, against what it is when computed now.
 
-    cosine: over all valid numbers of the row; None for boxes and ids, which must be equal. error: the largest
+    cosine: over all valid numbers of the row; None for boxes, crops and ids, which must be equal. error: the largest
     difference of a number. storage_error: what the receipt states for its block. allowed: how large `error` may be.
     problem: why the row does not agree, "" if it does.
     """
@@ -117,7 +143,7 @@ def _works(held: Committed, names: Sequence[str]) -> list[Work]:
     for space, frozen in (("image", held.image_pass), ("text", held.text_pass)):
         wanted = {name: held.fields[name].wanted for name in names if held.fields[name].spec.space == space}
         if wanted and space == "image":
-            works.append(Work("image", wanted, frozen, held.paths, size=config.size))
+            works.append(Work("image", wanted, frozen, held.paths, size=config.side, kept=held.crops))
         elif wanted:
             assert held.tokenizer is not None
             works.append(Work("text", wanted, frozen, {}, tokenizer=held.tokenizer, max_tokens=config.max_tokens))
@@ -132,13 +158,13 @@ def _spread(cache: Cache, work: Work, count: int) -> Chosen:
     first = [every[i] for i in np.linspace(0, len(every) - 1, count).astype(int)]
     unseen = [sorted(field.receipts) for field in fields if not set(first) & set(field.receipts)]
     order = list(dict.fromkeys([*(blocks[len(blocks) // 2] for blocks in unseen), *first, *every]))
-    at_hand = rows_at_hand(cache, work)
+    at_hand = {view: rows_at_hand(cache, work, view) for view in {view for _, view in every}}
     rows: dict[tuple[int, int], np.ndarray] = {}
     chosen: dict[Place, tuple[str, ...]] = {}
     while len(chosen) < count and order:
         for block in list(order):
             if block not in rows:
-                rows[block] = _usable(fields, at_hand, *block)
+                rows[block] = _usable(fields, at_hand[block[1]], *block)
             if not len(rows[block]):
                 order.remove(block)
                 continue
@@ -196,8 +222,8 @@ def segment_of(cache: Cache, space: Space, row: int) -> Segment:
     return next(s for s in cache.segments if s.span(space).first_row <= row < s.span(space).end)
 
 
-def rows_at_hand(cache: Cache, work: Work) -> np.ndarray:
-    """int64, ascending: the rows that can be computed. Captions lie in the cache, pictures in tars."""
+def rows_at_hand(cache: Cache, work: Work, view: int) -> np.ndarray:
+    """int64, ascending: the rows that can be computed. Captions lie in the cache, pictures in tars or in the cache."""
     found = [np.empty(0, np.int64)]
     for segment in cache.segments:
         span = segment.span(work.space)
@@ -206,6 +232,9 @@ def rows_at_hand(cache: Cache, work: Work) -> np.ndarray:
             tars = picture_table(cache.store, segment)["tar"]
             rows = rows[pc.is_in(tars, pa.array(list(work.paths), pa.string())).to_numpy()]
         found.append(rows)
+    if work.kept is not None:
+        kept = [work.kept.rows(split, view) for split in cache.splits]
+        return np.union1d(np.concatenate(found), np.concatenate(kept))
     return np.concatenate(found)
 
 
@@ -225,7 +254,7 @@ def _recompute_pictures(cache: Cache, work: Work, chosen: Chosen, batch_size: in
         Task(segment_of(cache, "image", p.row), p.row // cache.rows_per_block, p.view, chosen[p], p.row, 1)
         for p in places
     ]
-    stream = PictureStream(cache.store, tasks, dict(work.paths), work.size, batch_size, threads)
+    stream = PictureStream(cache.store, tasks, work.source, batch_size, threads)
     try:
         rows = zip(places, (batch.rows[0] for batch in stream), strict=True)
         while batch := list(islice(rows, batch_size)):
@@ -238,7 +267,8 @@ def _compare_pictures(
     cache: Cache, work: Work, chosen: Chosen, batch: Sequence[tuple[Place, Decoded]]
 ) -> Iterator[Compared]:
     for _, row in batch:
-        _require_member(work.paths[row.picture.tar], row.picture)
+        if row.picture.tar in work.paths:
+            _require_member(work.paths[row.picture.tar], row.picture)
     good = [(place, row) for place, row in batch if row.crop is not None]
     outputs = {}
     wanted = _wanted(work, chosen, [place for place, _ in good])
@@ -257,9 +287,10 @@ def _compare_pictures(
             field, want = cache.field(name), work.wanted[name]
             if want is not None:
                 yield _compare(field, cache, place, sample, outputs[want][i].cpu().numpy())
-            else:
-                assert row.box is not None
-                yield _compare_exactly(field, place, sample, row.box.as_row())
+            elif row.box is not None:  # crops of the cache are not compared with themselves, and have no boxes
+                assert row.crop is not None
+                now = row.crop if field.kind == "crops" else row.box.as_row()
+                yield _compare_exactly(field, place, sample, now)
 
 
 def _recompute_captions(cache: Cache, work: Work, chosen: Chosen, batch_size: int) -> Iterator[Compared]:
@@ -355,13 +386,18 @@ def _compare(field: Field, cache: Cache, place: Place, sample: tuple[str, str], 
 
 
 def _compare_exactly(field: Field, place: Place, sample: tuple[str, str], now: np.ndarray) -> Compared:
-    """Boxes, and ids up to their length."""
+    """Boxes, crops, and ids up to their length."""
     rows = np.array([place.row])
     cached = field.read(rows, place.view)[0]
     if field.kind == "ids":
         cached = cached[: int(field.lengths(rows)[0])]
     error = float(np.abs(cached.astype(np.float64) - now).max()) if cached.shape == now.shape else np.inf
-    problem = "" if np.array_equal(cached, now) else f"it is {_list(cached)} in the cache, {_list(now)} now"
+    problem = ""
+    if not np.array_equal(cached, now) and field.kind == "crops":
+        wrong = int((cached != now).sum())
+        problem = f"{wrong:,} of its {now.size:,} numbers are other ones when decoded now, by up to {error:g}"
+    elif not np.array_equal(cached, now):
+        problem = f"it is {_list(cached)} in the cache, {_list(now)} now"
     return Compared(field.name, place, *sample, None, error, 0.0, 0.0, problem)
 
 

@@ -18,7 +18,7 @@ from emkum.models.tokenizer import text_ids
 from emkum.shards.layout import Space
 from emkum.shards.reader import read_statistic
 from emkum.shards.segments import Segment, read_captions
-from emkum.stage1_extract.pictures import PictureStream
+from emkum.stage1_extract.pictures import PictureStream, picture_source
 from emkum.stage1_extract.plan import Plan, Task
 from emkum.stage1_extract.scans import ScanMemory
 
@@ -86,12 +86,16 @@ def on_devices(plan: Plan) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _train_segment(plan: Plan, space: Space, memory: ScanMemory) -> tuple[Segment | None, dict[str, str]]:
-    """The first segment of SPLIT with rows of this space that can be read now, and where its tars lie."""
+    """The first segment of SPLIT with rows of this space that can be read now, and where its tars lie, if they do."""
     for segment in plan.writer.segments:
         if segment.split != SPLIT or not segment.span(space).rows:
             continue
         if space == "text":  # captions lie in the cache
             return segment, {}
+        if plan.crops is not None:
+            if _has_pictures(plan, segment):
+                return segment, {}
+            continue
         paths = {s.tar: plan.paths.get(s.tar, s.path) for s in segment.sources}
         if all(tar in plan.paths or _is_unchanged(memory, path) for tar, path in paths.items()):
             return segment, paths
@@ -105,8 +109,11 @@ def _is_unchanged(memory: ScanMemory, path: str) -> bool:
         return False
 
 
-def _has_tars(plan: Plan, segment: Segment) -> bool:
-    return all(source.tar in plan.paths for source in segment.sources)
+def _has_pictures(plan: Plan, segment: Segment) -> bool:
+    """Whether all of the segment's pictures, in the first view, can be read now."""
+    if plan.crops is None:
+        return all(source.tar in plan.paths for source in segment.sources)
+    return all((block, 0) in plan.crops.receipts for block in segment.image.blocks(plan.writer.rows_per_block))
 
 
 def _number(segment: Segment) -> int:
@@ -118,7 +125,7 @@ def _sampled(plan: Plan, names: Sequence[str], space: Space) -> list[Task]:
     here = tuple(name for name in names if plan.fields[name].spec.space == space)
     if not here:
         return []
-    segment = next(s for s in plan.segments if s.span(space).rows and (space == "text" or _has_tars(plan, s)))
+    segment = next(s for s in plan.segments if s.span(space).rows and (space == "text" or _has_pictures(plan, s)))
     span = segment.span(space)
     pieces = max(1, min(STATISTICS_ROWS, span.rows) // 16)
     starts = np.linspace(0, max(span.rows - 16, 0), pieces).astype(int)
@@ -137,7 +144,7 @@ def _measure_pictures(plan: Plan, moments: dict[str, _Moments], threads: int) ->
         return
     assert plan.image_pass is not None
     config = plan.config
-    stream = PictureStream(plan.store, tasks, plan.paths, config.size, config.batch_size, threads)
+    stream = PictureStream(plan.store, tasks, picture_source(plan), config.batch_size, threads)
     try:
         for batch in stream:
             good = [row for row in batch.rows if row.crop is not None]

@@ -55,6 +55,7 @@ def contents_line(plan: Plan) -> str:
     notes += [f"{name} is encoder and teacher: one pass" for name in sorted(both)]
     shared = plan.image_pass.shared_blocks if plan.image_pass else {}
     notes += [f"{name} reuses the first {n} blocks of {other}" for name, (other, n) in shared.items()]
+    notes += [f"pictures come from {plan.crops.name}, no tar is read"] if plan.crops is not None else []
     text = f"split {plan.config.split}: {pictures:,} pictures and {captions:,} captions in {tars} tars"
     return "; ".join([text, *notes])
 
@@ -81,7 +82,7 @@ def _expected_seconds(plan: Plan) -> float | None:
     if plan.image_pass is not None:
         rows = sum(task.rows for task in plan.tasks if space_of(plan, task) == "image")
         if rows > 8 * batch:
-            crops = torch.zeros(batch, plan.config.size, plan.config.size, 3, dtype=torch.uint8)
+            crops = torch.zeros(batch, plan.config.side, plan.config.side, 3, dtype=torch.uint8)
             plan.image_pass.pictures(crops[:1])[0].cpu()  # the first pass sets the device up
             started = time.perf_counter()
             plan.image_pass.pictures(crops)[0].cpu()

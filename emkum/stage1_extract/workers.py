@@ -118,7 +118,8 @@ def _plan(config: ExtractConfig, say: Say, held: contextlib.ExitStack) -> Plan:
 
 
 def _without_networks(plan: Plan) -> Plan:
-    return replace(plan, image_pass=None, text_pass=None)
+    """The plan of a process that computes nothing itself."""
+    return replace(plan, image_pass=None, text_pass=None, crops=None)
 
 
 def _plan_apart(config: ExtractConfig, say: Say, held: contextlib.ExitStack) -> Plan:
@@ -403,7 +404,7 @@ class _Team:
             teacher=tuple(network(teacher) or teacher for teacher in config.teacher),
             encoder=network(config.encoder),
             text_encoder=network(config.text_encoder),
-            data=tuple(_absolute(pattern) for pattern in config.data),
+            data=() if config.from_crops else tuple(_absolute(pattern) for pattern in config.data),
             cache=config.cache if is_url(config.cache) else os.path.abspath(config.cache),
             join=True,
             workers=None,
