@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import traceback
@@ -31,6 +33,7 @@ cache_app = typer.Typer(help="Look at a cache, check it, repair it.", no_args_is
 app.add_typer(cache_app, name="cache")
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # HUP: the terminal, or ssh, went away
+OPEN_FILES = 16_384
 MANY = ("--data", "--teacher", "--set", "--images", "--texts")  # options that take every word up to the next option
 
 
@@ -87,6 +90,22 @@ def extract(
             "student may have all blocks; 6 keeps the tokens after block 6, so that training skips those."
         ),
     ] = 0,
+    store_inputs: Annotated[
+        str,
+        typer.Option(
+            help="What the student reads: tokens of the encoder, or crops: the pixels themselves, exact, half the "
+            "bytes of a ViT-B's float16 tokens, good for every cut (training runs the encoder's frozen blocks) and for "
+            "teachers added later without the tars (--from-crops)."
+        ),
+    ] = "tokens",
+    from_crops: Annotated[
+        bool,
+        typer.Option(
+            "--from-crops",
+            help="Take pictures from the crops that the cache keeps, and captions from the cache: a further teacher "
+            "or target without the tars.",
+        ),
+    ] = False,
     text_encoder: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -107,7 +126,10 @@ def extract(
         Optional[str],  # noqa: UP045
         typer.Option(help="Name of the teacher in the cache. Default: its own."),
     ] = None,
-    size: Annotated[int, typer.Option(help="Side of the square crops, in pixels.")] = 224,
+    size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Side of the square crops, in pixels. Default: 224; with --from-crops that of the crops."),
+    ] = None,
     crop: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -194,16 +216,18 @@ def extract(
         Claims(open_store(_place(cache))).require_alone()
 
     from emkum.stage1_extract.extract import extract as run_extract
-    from emkum.stage1_extract.plan import ExtractConfig
+    from emkum.stage1_extract.plan import DEFAULT_DATA, ExtractConfig
 
     run_extract(
         ExtractConfig(
             teacher=tuple(teacher),
-            data=tuple(data or ["./data"]),
+            data=tuple(data or DEFAULT_DATA),
             cache=_place(cache),
             split=split,
             encoder=encoder,
             cut=cut,
+            store_inputs=store_inputs,  # type: ignore[arg-type]  # checked by ExtractConfig
+            from_crops=from_crops,
             text_encoder=text_encoder,
             targets=tuple(t.strip() for t in targets.split(",") if t.strip()) if targets else (),
             name=name,
@@ -234,7 +258,7 @@ def extract(
 
 @app.command()
 def train(
-    cache: Annotated[str, typer.Option("--cache", help="Folder of the cache.")] = "./shards",
+    cache: CacheOption = "./shards",
     recipe: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -281,9 +305,41 @@ def train(
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Train on the rows that are there though blocks are missing.")
     ] = False,
-    threads: Annotated[int, typer.Option(help="Threads that read batches ahead.")] = 2,
+    shuffle: Annotated[
+        str,
+        typer.Option(
+            help="rows: every row at random, best on SSDs and in memory. blocks: whole blocks in random order, their "
+            "rows mixed, for hard disks, network volumes and object stores. auto measures the storage for 5 seconds "
+            "if the fields are too large to stay in memory, and says what it chose."
+        ),
+    ] = "auto",
+    mix_blocks: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="How many blocks --shuffle blocks mixes; they are held in memory. Default: 8."),
+    ] = None,
+    verify: Annotated[
+        str,
+        typer.Option(help="When the checksum of a row is looked at: first (when it is first read), always, never."),
+    ] = "first",
+    threads: Annotated[int, typer.Option(help="Threads that share the reading of batches.")] = 8,
+    prefetch: Annotated[int, typer.Option(help="Batches read ahead.")] = 3,
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Less memory for about a third more time.")
+    ] = False,
+    chunk: Annotated[
+        int,
+        typer.Option(
+            help="Compute a batch so many samples at a time, and each again in the backward pass: large contrastive "
+            "batches in little memory, the same losses. Default: the whole batch at once."
+        ),
+    ] = 0,
+    compile_: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the student's blocks: faster steps after a first one that takes minutes. Needs a C++ "
+            "compiler; without one the run goes on as written.",
+        ),
     ] = False,
 ) -> None:
     """Train a student from a cache alone. Example: emkum train --cache ./shards --recipe ssmke"""
@@ -292,7 +348,7 @@ def train(
 
     run_train(
         TrainConfig(
-            cache=_local(cache),
+            cache=_place(cache),
             recipe=recipe,
             overrides=tuple(set_ or ()),
             run_dir=run_dir,
@@ -304,8 +360,14 @@ def train(
             data=tuple(data or ()),
             max_steps=max_steps,
             allow_partial=allow_partial,
+            shuffle=shuffle,  # type: ignore[arg-type]  # checked by TrainConfig
+            mix_blocks=mix_blocks,
+            verify=verify,  # type: ignore[arg-type]  # checked by TrainConfig
             threads=threads,
+            prefetch=prefetch,
             activation_checkpointing=activation_checkpointing,
+            chunk=chunk,
+            compile=compile_,
         ),
         say=_say,
     )
@@ -315,8 +377,8 @@ def train(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a run that `emkum train` made.")],
     cache: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder of the cache. Default: the one the run was trained on."),
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Folder of the cache, or its URL. Default: the one the run was trained on."),
     ] = None,
     split: Annotated[
         Optional[str],  # noqa: UP045
@@ -377,7 +439,7 @@ def evaluate(
     from emkum.stage2_train.run_folder import load_run
 
     loaded = load_run(run)
-    opened = Cache.open(cache if cache is not None else loaded.cache_path)
+    opened = Cache.open(_place(cache) if cache is not None else loaded.cache_path)
     settings = Settings(device=device, batch_size=batch_size, max_bad=max_bad, baselines=baselines)
     labelled, pairs = labelled_sets(images or ()), [read_text_pairs(path) for path in texts or ()]
     refuse_equal_names("--images", ((found.name, found.source) for found in labelled))
@@ -610,13 +672,6 @@ def _place(text: str) -> Path | str:
     return text if is_url(text) else Path(text)
 
 
-def _local(text: str) -> Path:
-    place = _place(text)
-    if isinstance(place, str):
-        raise UsageError(f"{text} is not a folder on this machine", "copy the cache to a local disk for training")
-    return place
-
-
 def _crop(text: str | None) -> tuple[float, float] | None:
     if text is None:
         return None
@@ -677,7 +732,7 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         kind = type(error).__name__
         if kind == "OutOfMemoryError":
-            way_out = "extract: a smaller --batch-size; train: --set training.batch=N or --activation-checkpointing"
+            way_out = "extract: a smaller --batch-size; train: --chunk N, --activation-checkpointing or --set training.batch=N"
             return _fail(f"OutOfMemory: {str(error).splitlines()[0]} | {way_out}", UsageError.exit_code)
         if hasattr(error, "format_message"):  # Typer's own: a mistyped option, a missing argument
             if kind == "NoArgsIsHelpError":
@@ -694,13 +749,27 @@ def _fail(line: str, code: int) -> int:
     return code
 
 
+def allow_open_files() -> None:
+    """As many open files as the system lets this process have: a large cache has thousands."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main() -> None:
     """Entry point of the `emkum` command."""
+    allow_open_files()
     for number in STOPPING:
         signal.signal(number, _interrupt)
     code = run(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
+    if "emkum.shards.reader" in sys.modules:
+        from emkum.shards.reader import remove_copies
+
+        remove_copies()
     os._exit(code)  # threads of C++ libraries may abort the process while Python tears itself down
 
 

@@ -22,8 +22,10 @@ from emkum.shards.reader import Cache
 from emkum.stage1_extract.extract import extract
 from emkum.stage1_extract.plan import ExtractConfig
 from emkum.stage2_train.live import LiveSource
-from emkum.stage2_train.loader import Buffers, CachedSource, TrainOrder, sample_table
+from emkum.stage2_train.loader import Buffers, CachedSource
+from emkum.stage2_train.order import TrainOrder
 from emkum.stage2_train.recipe import load_recipe, required_fields
+from emkum.stage2_train.samples import sample_table
 from emkum.stage2_train.train import TrainConfig, train
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefghijklmnopqrst"]

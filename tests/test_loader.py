@@ -29,18 +29,10 @@ from emkum.shards.reader import Cache
 from emkum.shards.tars import PictureMember, SourceSample, SourceTar
 from emkum.shards.views import ViewPolicy
 from emkum.shards.writer import CacheWriter
-from emkum.stage2_train.loader import (
-    BatchLoader,
-    BatchRows,
-    Buffers,
-    CachedSource,
-    HostBatch,
-    PassOrder,
-    SampleTable,
-    TrainOrder,
-    sample_table,
-)
+from emkum.stage2_train.loader import BatchLoader, Buffers, CachedSource, HostBatch
+from emkum.stage2_train.order import BatchRows, PassOrder, TrainOrder
 from emkum.stage2_train.recipe import FieldNames, Recipe, load_recipe, required_fields
+from emkum.stage2_train.samples import SampleTable, sample_table
 
 CPU = torch.device("cpu")
 

@@ -234,3 +234,27 @@ def test_a_convolutional_network_gives_no_blocks() -> None:
     network.backbone.depth, network.backbone.width, network.backbone.num_prefix = 4, 16, 1  # type: ignore[misc,assignment]
     with pytest.raises(UsageError, match="resnet is a resnet, not a Transformer"):
         build_student(pairs(), names(), network, text, None, 0)
+
+
+def test_masks_reach_the_attention_kernel_as_one_bool_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broadcast over heads and queries: the kernels that save memory take them so, and nothing of L x L is made."""
+    from emkum.models import blocks
+
+    attend, seen = blocks.F.scaled_dot_product_attention, []
+
+    def watching(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor:
+        seen.append(attn_mask)
+        return attend(q, k, v, attn_mask=attn_mask)
+
+    monkeypatch.setattr(blocks.F, "scaled_dot_product_attention", watching)
+    student = build(pairs(), target_width=WIDTH)
+    ids, mask = texts()
+    with torch.no_grad():
+        student.encode_images(tokens())
+        assert all(found is None for found in seen)
+        seen.clear()
+        student.encode_texts(ids, mask)
+    assert len(seen) > 1
+    for found in seen:
+        assert found is not None
+        assert (found.dtype, tuple(found.shape)) == (torch.bool, (3, 1, 1, 7))

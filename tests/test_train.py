@@ -151,7 +151,7 @@ def test_the_summary_says_what_is_trained_on_what(cache: TinyCache, tmp_path: Pa
     assert "text embedding              0 trained          720 frozen" in text
     assert "on cpu in float32, seed 0" in text
     assert re.search(
-        r"step 2 of 6: loss \d+\.\d+, [\d.]+ samples/s, waits for data \d+ %; mean recall [\d.]+, the", text
+        r"step 2 of 6: loss \d+\.\d+, [\d.]+ samples/s, waits for data \d+ %( \(\w+\))?; mean recall [\d.]+, the", text
     )
     assert f"next: emkum evaluate {tmp_path / 'run'} --cache {cache.path}" in text
 
@@ -426,6 +426,20 @@ def test_another_recipe_or_seed_is_refused_with_both_values(
     assert f"emkum train --cache {cache.path} --run-dir {uninterrupted} --resume" in error.value.way_out
 
 
+def test_a_run_of_before_a_key_of_recipes_existed_goes_on_with_its_default(
+    cache: TinyCache, tmp_path: Path, uninterrupted: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    shutil.copytree(uninterrupted, folder.dir)
+    info, kept = json.loads(folder.info.read_text()), read_checkpoint(folder.last)
+    for recipe in (info["recipe"], info["identity"]["recipe"], kept["emkum"]["identity"]["recipe"]):
+        del recipe["training"]["accumulate"]
+    folder.info.write_text(json.dumps(info))
+    run_folder.write_checkpoint(kept, folder.last)
+    _, lines = run(TrainConfig(cache.path, run_dir=folder.dir, resume=True, device="cpu"))
+    assert lines[-1] == f"{folder.dir} is trained to its last step, 15, already"
+
+
 def test_another_cache_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
     other = make_cache(tmp_path / "cache", pictures=40, views=2, cut=1)
     with pytest.raises(ResumeMismatch, match=r"cache: [0-9a-f]+ in the run, [0-9a-f]+ now"):
@@ -471,10 +485,10 @@ def test_views_of_one_half_of_a_split_only_name_the_way_out(tmp_path: Path) -> N
         run(configured(made, tmp_path / "run", "cls-mse", "data.views=first"))
 
 
-IN_IDENTITY = {"cache", "recipe", "overrides", "seed", "precision", "live", "max_steps"}
+IN_IDENTITY = {"cache", "recipe", "overrides", "seed", "precision", "live", "max_steps", "shuffle", "mix_blocks"}
 PLACE_OR_SPEED = {
-    "run_dir", "device", "data", "resume", "threads", "prefetch", "log_every", "checkpoint_minutes",
-    "activation_checkpointing",
+    "run_dir", "device", "data", "resume", "threads", "prefetch", "log_every", "checkpoint_minutes", "verify",
+    "activation_checkpointing", "chunk", "compile",
     "allow_partial",  # the rows it lets in are in the identity
 }  # fmt: skip
 
@@ -485,14 +499,15 @@ def test_every_field_of_the_configuration_is_in_the_identity_or_changes_no_numbe
     assert {field.name for field in fields(TrainConfig)} == IN_IDENTITY | PLACE_OR_SPEED
     identity = json.loads((uninterrupted / "run.json").read_text())["identity"]
     assert set(identity) == {
-        "recipe", "cache", "fields", "samples", "views", "rows", "steps", "seed", "precision", "live", "validation",
+        "recipe", "cache", "fields", "samples", "views", "rows", "steps", "seed", "precision", "live", "shuffle",
+        "validation",
     }  # fmt: skip
     other = make_cache(tmp_path / "cache", pictures=40, views=2, cut=1)
     changes: dict[str, Any] = {
         "cache": other.path, "recipe": "itc-only", "overrides": ("optimiser.lr=0.2",), "seed": 3,
-        "precision": "bfloat16", "max_steps": 4,
+        "precision": "bfloat16", "max_steps": 4, "shuffle": "blocks",
     }  # fmt: skip
-    for name in sorted(IN_IDENTITY - {"live"}):  # live needs tars: tests/test_live.py
+    for name in sorted(IN_IDENTITY - {"live", "mix_blocks"}):  # tests/test_live.py, tests/test_shuffle.py
         config = TrainConfig(cache.path, run_dir=uninterrupted, resume=True, device="cpu")
         with pytest.raises(ResumeMismatch):
             run(replace(config, **{name: changes[name]}))

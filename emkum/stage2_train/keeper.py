@@ -38,6 +38,7 @@ from emkum.stage2_train.run_folder import (
     write_info,
     write_student,
 )
+from emkum.stage2_train.starving import Delivered, Setting, Watch, cores, delivered
 from emkum.stage2_train.validation import Validator
 
 
@@ -73,11 +74,15 @@ class RunKeeper(Callback):
     ) -> None:
         self.config, self.recipe, self.order, self.student = plan.config, plan.recipe, plan.order, plan.student
         self.journal = journal
+        fields = [plan.cache.field(name) for name in (plan.names.inputs, plan.names.targets) if name]
+        largest = max(fields, key=lambda field: field.num_bytes, default=None)
+        self.storage = "" if largest is None else "crops" if largest.kind == "crops" else largest.storage
         self.folder, self.info, self.loader, self.validator, self.say = folder, info, loader, validator, say
         self.point, self.start_step = point, point.step if point else 0
         self.best_score: float | None = None
         self.best_step = 0
         self.trainer_step = self.start_step
+        self.batches = self.saved_batches = 0  # those of the loader that are trained on, in this step or before it
         self.before = Spent()  # in earlier sessions of this run
         self.paused_seconds = 0.0
         self.stop_signal = ""
@@ -140,8 +145,10 @@ class RunKeeper(Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self.now = ""
-        self.started = self.logged = self.saved = time.perf_counter()
-        self.logged_step, self.logged_waited, self.saved_step = self.start_step, 0.0, self.start_step
+        self.started = self.saved = time.perf_counter()
+        self.logged_step, self.logged = self.start_step, delivered(self.loader, 0.0)
+        self.watch = Watch(self._setting, self.start_step)
+        self.batches = self.saved_batches = self.loader.step
         self.loader.while_waiting = lambda: self._stop_if_asked(trainer)
         self.bar = tqdm(
             total=len(self.order), initial=self.start_step, unit="step", dynamic_ncols=True, disable=None, leave=False
@@ -153,9 +160,16 @@ class RunKeeper(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = self.trainer_step = trainer.global_step
+        self.batches, step = self.loader.step, trainer.global_step
+        if step == self.trainer_step:  # more batches of the same step are to come
+            self._stop_if_asked(trainer)
+            return
+        self.trainer_step = step
         last = step == len(self.order)
         scored = last or step % (self.order.steps_per_epoch * self.recipe.evaluation.every_epochs) == 0
+        if starving := self.watch.look(step, self._delivered()):
+            self.bar.clear()
+            self.say(starving)
         if scored or step % self.config.log_every == 0:
             self._log(step)
         if scored:
@@ -165,18 +179,21 @@ class RunKeeper(Callback):
         self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
-        """Between two steps, all batches waited for: raise Interrupted after a signal, the last step in a checkpoint.
+        """Between two batches: raise Interrupted after a signal, all that is trained on in a checkpoint.
 
         A run whose last step is done and scored has nothing to stop.
         """
         step = self.trainer_step
         if not self.stop_signal or (step == len(self.order) and not self.unscored):
             return
-        if step != self.saved_step:
+        if self.batches != self.saved_batches:
             self._save(trainer)
         write_info(self.folder, {**self.info, **self._measured(step), "status": "interrupted"})
         where = f"at step {step} of {len(self.order)}" + (", before its validation" if self.unscored else "")
-        kept = "checkpoint written" if step else "nothing to keep yet"
+        accumulate = self.recipe.training.accumulate
+        if self.batches % accumulate:
+            where += f" and {self.batches % accumulate} of {accumulate} batches of the next"
+        kept = "checkpoint written" if self.batches else "nothing to keep yet"
         raise self._interrupted(f"{self.stop_signal} {where}; {kept}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -200,24 +217,32 @@ class RunKeeper(Callback):
 
     def _log(self, step: int) -> None:
         values = self.journal.take()
-        now = time.perf_counter()
-        seconds, steps = max(now - self.logged, 1e-9), step - self.logged_step
-        waited = (self.loader.waited_seconds - self.logged_waited) / seconds
+        now = self._delivered()
+        lately, steps = now.since(self.logged), step - self.logged_step
         if not math.isfinite(values["loss"]):
             raise self._diverged(f"the loss is {values['loss']} at step {step}")
-        speed = steps * self.order.batch / seconds
+        speed = steps * self.order.batch / max(lately.seconds, 1e-9)
         rates = {
             "epoch": (step - 1) // self.order.steps_per_epoch + 1,
             "lr": peak_rate(self.recipe) * rate(self.recipe, step - 1, len(self.order)),
             "seconds": self._spent(step).seconds,
             "samples_per_second": speed,
-            "waited": waited,
+            "waited": lately.waited,
         }
         self._write(step, {**rates, **values})
         self.bar.update(step - self.bar.n)
-        self.now = f"loss {values['loss']:.4f}, {speed:.1f} samples/s, waits for data {100 * waited:.0f} %"
+        self.now = f"loss {values['loss']:.4f}, {speed:.1f} samples/s, {lately.in_words()}"
         self.bar.set_postfix_str(self.now)
-        self.logged, self.logged_step, self.logged_waited = now, step, self.loader.waited_seconds
+        self.logged, self.logged_step = now, step
+
+    def _delivered(self) -> Delivered:
+        """By the loader so far, with the seconds of training alone."""
+        return delivered(self.loader, time.perf_counter() - self.started - self.paused_seconds)
+
+    def _setting(self) -> Setting:
+        reading, live = self.loader.source.reading, self.config.live
+        threads = reading.number if reading is not None and reading.seconds else self.loader.threads
+        return Setting(threads, self.config.prefetch, self.order.shuffle.mode, self.storage, live, cores())
 
     def _diverged(self, what: str) -> UsageError:
         return UsageError(
@@ -286,15 +311,13 @@ class RunKeeper(Callback):
         self._refuse_divergence(trainer.global_step)
         self.metrics.sync()
         trainer.save_checkpoint(self.folder.last)
-        self.saved_step = trainer.global_step
+        self.saved_batches = self.batches
         self.saved = time.perf_counter()
         self._paused(started)
 
     def _paused(self, since: float) -> None:
         """Takes the time since then out of the speed, which is of training alone."""
-        seconds = time.perf_counter() - since
-        self.paused_seconds += seconds
-        self.logged += seconds
+        self.paused_seconds += time.perf_counter() - since
 
     def _spent(self, step: int) -> Spent:
         """Times of the whole run, earlier sessions included."""

@@ -24,7 +24,9 @@ from emkum.models.network import Network, load_saved
 from emkum.models.passes import FrozenPass, Wanted
 from emkum.shards.tars import find_tars
 from emkum.shards.views import Box, box_for, decode_view, replay_view
-from emkum.stage2_train.loader import Batch, BatchRows, Buffers, CachedSource, HostBatch, SampleTable, Stored
+from emkum.stage2_train.loader import Batch, Buffers, CachedSource, HostBatch, Stored
+from emkum.stage2_train.order import BatchRows
+from emkum.stage2_train.samples import SampleTable
 
 if TYPE_CHECKING:
     from emkum.shards.reader import Cache, Field
@@ -48,7 +50,8 @@ class _Picture:
 class LiveSource(CachedSource):
     """A `CachedSource` whose inputs and targets come from the networks; ids and rows come from the cache.
 
-    Views are those of the cache: replayed from its stored boxes. Networks compute in the type the extraction used.
+    Views are those of the cache: replayed from its stored boxes. Networks compute in the type the extraction used; in
+    front of crops, where cached training runs the encoder too, in that of the training, `precision`.
     data: where the source tars lie now; without it, where they lay then.
     Raises SourceChanged for a tar that is not there as it was, IdentityMismatch for a teacher with other weights.
     """
@@ -56,9 +59,18 @@ class LiveSource(CachedSource):
     fresh_targets = True
 
     def __init__(
-        self, cache: Cache, names: FieldNames, table: SampleTable, device: torch.device, data: Sequence[str] = ()
+        self,
+        cache: Cache,
+        names: FieldNames,
+        table: SampleTable,
+        device: torch.device,
+        data: Sequence[str] = (),
+        *,
+        precision: str = "float32",
+        threads: int = 2,
     ) -> None:
         super().__init__(cache, names, table)
+        self.batches_at_once = threads  # each thread decodes the pictures of one
         self._paths = _tar_paths(cache, table.split, data) if self.inputs is not None else {}
         self._pictures = _pictures(cache, table.split)
         self._boxes = _boxes(cache, table.split)
@@ -71,7 +83,7 @@ class LiveSource(CachedSource):
         wanted: dict[tuple[str, str], list[tuple[str, Network, Wanted]]] = {}
         if self.inputs is not None and encoder is not None:
             self._size = _crop_size(self.inputs)
-            compute = self.inputs.fingerprint.get("compute") or self._compute_of_targets()
+            compute = self.inputs.fingerprint.get("compute") or precision
             wanted["image", compute] = [("inputs", encoder, Wanted(encoder.name, "tokens", names.cut))]
         if self.targets is not None:
             teacher = _teacher(self.targets, kept)
@@ -86,9 +98,6 @@ class LiveSource(CachedSource):
             frozen = FrozenPass(networks, [want for _, _, want in members], compute, device)
             self._passes[modality, compute] = frozen
             self._outputs[modality, compute] = [output for output, _, _ in members]
-
-    def _compute_of_targets(self) -> str:
-        return str(self.targets.fingerprint["compute"]) if self.targets is not None else "float32"
 
     def read(self, rows: BatchRows, buffers: Buffers) -> HostBatch:
         buffers.wait_until_free()

@@ -1,285 +1,35 @@
-"""Batches from a cache: threads of this process read ahead, in an order that is a pure function of seed and epoch.
+"""Batches from a cache: threads of this process read ahead into a ring of buffers.
 
-B batch, T tokens, L text tokens, D width, N samples, M captions, V views.
+B batch, T tokens, L text tokens, D width, N samples, V views.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from emkum.errors import IncompleteCache, NoData, ResumeMismatch, UsageError
+from emkum.errors import ResumeMismatch
+from emkum.models.quantise import decode_int8
+from emkum.shards.shard_files import ReadThreads
+from emkum.stage2_train.mixing import MixingBuffer
+from emkum.stage2_train.order import BatchRows, Order
+from emkum.stage2_train.samples import SampleTable
 
 if TYPE_CHECKING:
     from emkum.shards.reader import Cache, Field
-    from emkum.stage2_train.recipe import FieldNames, Recipe
+    from emkum.stage2_train.recipe import FieldNames
 
-Kind = Literal["pairs", "images", "texts"]
 LOOK_UP_SECONDS = 0.2  # how often a loader that waits looks up
-
-
-# --- which rows --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SampleTable:
-    """The rows of one split that a recipe can use: those that all its fields have.
-
-    image_rows_N: ascending; None for texts. text_rows_M: captions grouped by picture, those of sample i at
-    [first_caption_N[i], first_caption_N[i + 1]); for texts the rows themselves; None for images.
-    dropped: rows of the split that some needed field lacks, quarantined pictures among them.
-    """
-
-    kind: Kind
-    split: str
-    image_rows_N: np.ndarray | None
-    text_rows_M: np.ndarray | None
-    first_caption_N: np.ndarray | None
-    num_views: int
-    dropped: int
-
-    @property
-    def num_samples(self) -> int:
-        """Pictures for pairs and images, texts for texts."""
-        rows = self.text_rows_M if self.image_rows_N is None else self.image_rows_N
-        assert rows is not None
-        return len(rows)
-
-
-def sample_table(
-    cache: Cache,
-    recipe: Recipe,
-    names: FieldNames,
-    split: str,
-    *,
-    allow_partial: bool = False,
-    first_view: bool = False,
-) -> SampleTable:
-    """Which rows of `split` can be read for the recipe.
-
-    Raises IncompleteCache when a needed field lacks whole blocks, unless `allow_partial`; NoData when no row is left.
-    """
-    image_fields = [cache.field(name) for name in names.needed() if cache.field(name).space == "image"]
-    text_fields = [cache.field(name) for name in names.needed() if cache.field(name).space == "text"]
-    first_view = first_view or recipe.data.views == "first"
-    num_views = 1 if first_view else max(1, min((_views_of(f, split) for f in image_fields), default=1))
-    if not allow_partial:
-        for field in image_fields + text_fields:
-            refuse_missing(cache, field, split, num_views if field.space == "image" else 1)
-    image_rows = _common_rows(image_fields, split, num_views) if image_fields else None
-    text_rows = _common_rows(text_fields, split, 1) if text_fields else None
-    first_caption, dropped = None, 0
-    if recipe.kind == "pairs":
-        assert image_rows is not None
-        assert text_rows is not None
-        total = cache.samples(split).column("image_row")
-        image_rows, text_rows, first_caption = _group_captions(cache, split, image_rows, text_rows)
-        dropped = len(total) - total.null_count - len(image_rows)
-    elif image_rows is not None:
-        total = cache.samples(split).column("image_row")
-        dropped = len(total) - total.null_count - len(image_rows)
-    elif text_rows is not None:
-        dropped = len(cache.captions(split)) - len(text_rows)
-    table = SampleTable(recipe.kind, split, image_rows, text_rows, first_caption, num_views, dropped)
-    if not table.num_samples:
-        raise NoData(
-            f"split {split!r} of {cache.path} has no row that all of {', '.join(names.needed())} hold",
-            f"run emkum extract --cache {cache.path} --split {split} again to finish them",
-        )
-    return table
-
-
-def _views_of(field: Field, split: str) -> int:
-    """Leading views of which the split has at least one row."""
-    for view in range(field.num_views):
-        if not len(field.rows(split, view)):
-            return view
-    return field.num_views
-
-
-def refuse_missing(cache: Cache, field: Field, split: str, num_views: int) -> None:
-    """Raise IncompleteCache if the field lacks blocks of the split."""
-    missing = field.missing(split, num_views)
-    if missing:
-        rows = sum(len(field.rows(split, view)) for view in range(num_views))
-        shown = ", ".join(f"{block}-{view}" for block, view in missing[:3]) + (", ..." if len(missing) > 3 else "")
-        way_out = f"finish it: the same emkum extract command on {cache.path}; or train on what is there: "
-        way_out += "--allow-partial"
-        if num_views > 1 and not field.missing(split, 1):  # as where a second extraction had more views
-            way_out += "; or, as view 0 is complete, on that alone: --set data.views=first"
-        raise IncompleteCache(
-            f"{field.name} lacks {len(missing)} blocks of split {split!r} ({shown}); {rows} rows are committed", way_out
-        )
-
-
-def _common_rows(fields: list[Field], split: str, num_views: int) -> np.ndarray:
-    rows = fields[0].rows(split, 0)
-    for field in fields:
-        for view in range(num_views):
-            rows = np.intersect1d(rows, field.rows(split, view), assume_unique=True)
-    return rows
-
-
-def _group_captions(
-    cache: Cache, split: str, image_rows: np.ndarray, text_rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures that have captions, their captions grouped by picture, and where each group starts."""
-    captions = cache.captions(split)
-    paired = captions.filter(captions.column("image_row").is_valid())
-    caption_rows = paired.column("text_row").to_numpy()
-    image_of = paired.column("image_row").to_numpy()
-    usable = np.isin(caption_rows, text_rows) & np.isin(image_of, image_rows)
-    caption_rows, image_of = caption_rows[usable], image_of[usable]
-    grouped = np.lexsort((caption_rows, image_of))
-    pictures, first = np.unique(image_of[grouped], return_index=True)
-    return pictures, caption_rows[grouped], np.append(first, len(caption_rows))
-
-
-# --- in which order ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BatchRows:
-    """The rows of one batch, int64 [B] each; None for a modality it lacks."""
-
-    image_rows_B: np.ndarray | None
-    views_B: np.ndarray | None
-    text_rows_B: np.ndarray | None
-
-    def __len__(self) -> int:
-        rows = self.text_rows_B if self.image_rows_B is None else self.image_rows_B
-        assert rows is not None
-        return len(rows)
-
-
-class Order(Protocol):
-    """Which rows batch `step` holds, for every step of a pass."""
-
-    def __len__(self) -> int: ...
-    def rows(self, step: int) -> BatchRows: ...
-
-
-class TrainOrder:
-    """Shuffled batches over all epochs: batch `step` is a pure function of (table, batch, captions, seed, step).
-
-    Every epoch is shuffled anew from (seed, epoch). Its last partial batch is left out: a contrastive batch of
-    another size has another loss. Captions "one": each picture once an epoch, with one of its captions drawn; "all":
-    each caption once.
-
-    Ranks share each batch: rank r of n has its r-th part of batch / n rows, so that the parts put together are the
-    batch of one rank, and all ranks have equally many batches of equally many rows: a collective call in every step
-    never waits for a rank that has run out. `left_over`: the samples of each shuffle that are left out.
-    """
-
-    def __init__(
-        self,
-        table: SampleTable,
-        batch: int,
-        seed: int,
-        captions: Literal["one", "all"] = "one",
-        num_steps: int = 0,
-        *,
-        rank: int = 0,
-        num_ranks: int = 1,
-    ) -> None:
-        """batch: of all ranks together. num_steps: the length of the order; 0 stands for one epoch.
-
-        Raises UsageError if no batch can be filled, or if it cannot be shared out evenly among the ranks.
-        """
-        self.table, self.batch, self.seed, self.captions = table, batch, seed, captions
-        self.part = rank_part(batch, rank, num_ranks)
-        units = table.num_samples
-        if captions == "all" and table.kind == "pairs":
-            assert table.text_rows_M is not None
-            units = len(table.text_rows_M)
-        self.steps_per_epoch = units // batch
-        if not self.steps_per_epoch:
-            raise UsageError(
-                f"a batch of {batch} is more than the {units} samples of split {table.split!r}",
-                f"use a smaller one: --set training.batch={max(1, units // 2)}",
-            )
-        self.units = units
-        self.left_over = units - self.steps_per_epoch * batch
-        self.num_steps = num_steps or self.steps_per_epoch
-        self._epoch = -1
-        self._rows: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None] = (None, None, None)
-
-    def __len__(self) -> int:
-        return self.num_steps
-
-    def rows(self, step: int) -> BatchRows:
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._rows, self._epoch = self._shuffled(epoch), epoch
-        start = place * self.batch
-        here = slice(start + self.part.start, start + self.part.stop)
-        images, views, texts = (rows[here] if rows is not None else None for rows in self._rows)
-        return BatchRows(images, views, texts)
-
-    def _shuffled(self, epoch: int) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        table = self.table
-        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
-        order = random.permutation(self.units)
-        if table.kind == "texts":
-            assert table.text_rows_M is not None
-            return None, None, table.text_rows_M[order]
-        views = random.integers(table.num_views, size=self.units)
-        assert table.image_rows_N is not None
-        if table.kind == "images":
-            return table.image_rows_N[order], views, None
-        assert table.text_rows_M is not None
-        assert table.first_caption_N is not None
-        if self.captions == "all":
-            picture = np.searchsorted(table.first_caption_N, order, side="right") - 1
-            return table.image_rows_N[picture], views, table.text_rows_M[order]
-        counts = np.diff(table.first_caption_N)[order]
-        caption = table.first_caption_N[:-1][order] + random.integers(counts)
-        return table.image_rows_N[order], views, table.text_rows_M[caption]
-
-
-def rank_part(batch: int, rank: int, num_ranks: int) -> range:
-    """Which rows of each batch a rank has. Raises UsageError where ranks would get unequal parts."""
-    if not 0 <= rank < num_ranks:
-        raise UsageError(f"rank {rank} of {num_ranks} ranks", "ranks are numbered from 0, and there is at least one")
-    if batch < num_ranks:
-        raise UsageError(
-            f"a batch of {batch} is less than one sample for each of {num_ranks} ranks",
-            f"use a larger one: --set training.batch={num_ranks}",
-        )
-    if batch % num_ranks:
-        raise UsageError(
-            f"a batch of {batch} cannot be shared out evenly among {num_ranks} ranks",
-            f"use a multiple of {num_ranks}: --set training.batch={-(-batch // num_ranks) * num_ranks}",
-        )
-    share = batch // num_ranks
-    return range(rank * share, (rank + 1) * share)
-
-
-class PassOrder:
-    """Every row once, in ascending order, the last partial batch included: for evaluation. View 0."""
-
-    def __init__(self, image_rows: np.ndarray | None, text_rows: np.ndarray | None, batch: int) -> None:
-        self.image_rows, self.text_rows, self.batch = image_rows, text_rows, batch
-        rows = text_rows if image_rows is None else image_rows
-        assert rows is not None
-        self.num_rows = len(rows)
-
-    def __len__(self) -> int:
-        return -(-self.num_rows // self.batch)
-
-    def rows(self, step: int) -> BatchRows:
-        here = slice(step * self.batch, (step + 1) * self.batch)
-        images = self.image_rows[here] if self.image_rows is not None else None
-        views = np.zeros(len(images), np.int64) if images is not None else None
-        return BatchRows(images, views, self.text_rows[here] if self.text_rows is not None else None)
 
 
 # --- from rows to tensors ----------------------------------------------------------------------------------------
@@ -306,6 +56,12 @@ class HostBatch:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its numbers."""
+        stored = [tensor for one in (self.inputs, self.targets) if one for tensor in (one.values, one.scale)]
+        return sum(tensor.nbytes for tensor in (*stored, self.ids_BL) if tensor is not None)
 
 
 @dataclass(frozen=True)
@@ -364,6 +120,13 @@ class BatchSource(Protocol):
     """
 
     fresh_targets: bool
+    reading: ReadThreads | None  # what shares the reading of a batch; counts what it spends
+    batches_at_once: int  # that are best read side by side
+    mixing_bytes: int  # memory that whole blocks take, at most
+
+    def expect(self, rows: BatchRows) -> None:
+        """A batch of these rows will be read soon."""
+        ...
 
     def read(self, rows: BatchRows, buffers: Buffers) -> HostBatch:
         """The batch on the host. Called from several threads at once."""
@@ -385,27 +148,51 @@ class CachedSource:
     """Reads a recipe's fields from the cache. Pooled targets of the table's rows are held in RAM whole.
 
     prefix: for crops, a callable from uint8 crops [B, y, x, 3] on the device to tokens_BTD: the frozen network up to
-    the cut.
+    the cut. threads: share the reading of each batch; 0: the calling thread reads alone. held_blocks: for an order of
+    whole blocks, how many of them are held in memory (mixing.blocks_held); 0: rows are read one by one.
     """
 
     fresh_targets = False
+    batches_at_once = 2  # so that the pieces of one fill the pauses of the other
 
     def __init__(
-        self, cache: Cache, names: FieldNames, table: SampleTable | None, prefix: Prefix | None = None
+        self,
+        cache: Cache,
+        names: FieldNames,
+        table: SampleTable | None,
+        prefix: Prefix | None = None,
+        *,
+        threads: int = 0,
+        held_blocks: int = 0,
     ) -> None:
         self.inputs = cache.field(names.inputs) if names.inputs else None
         self.ids = cache.field(names.ids) if names.ids else None
         self.targets = cache.field(names.targets) if names.targets else None
         self.prefix = prefix
+        self.decode: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = decode_int8  # or a compiled one
+        self.reading = ReadThreads(threads) if threads else None
+        self._mixed: dict[str, MixingBuffer] = {}
+        if held_blocks:
+            for field in (self.inputs, self.targets):
+                if field is not None and field.spec.sharded:
+                    self._mixed[field.name] = MixingBuffer(field, cache.rows_per_block, held_blocks)
+        self.mixing_bytes = sum(mixed.capacity_bytes for mixed in self._mixed.values())
         pooled = self.targets is not None and self.targets.kind == "pooled"
         self.pooled = PooledTargets(self.targets, table) if pooled and self.targets and table else None
         self._statistics: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def expect(self, rows: BatchRows) -> None:
+        for mixed in self._mixed.values():
+            wanted, views = _rows_in(mixed.field, rows)
+            if wanted is not None:
+                mixed.expect(wanted, views)
 
     def read(self, rows: BatchRows, buffers: Buffers) -> HostBatch:
         buffers.wait_until_free()
         inputs = targets = ids = lengths = None
         if self.inputs is not None and rows.image_rows_B is not None:
-            inputs = _read_stored(self.inputs, rows.image_rows_B, rows.views_B, "inputs", buffers)
+            inputs = self._read_stored(self.inputs, rows, "inputs", buffers)
         if self.ids is not None and rows.text_rows_B is not None:
             ids, lengths = self._read_ids(rows.text_rows_B)
         if self.targets is not None:
@@ -425,33 +212,68 @@ class CachedSource:
         return torch.from_numpy(self.pooled.values_NVD).float()
 
     def _read_targets(self, field: Field, rows: BatchRows, lengths: Tensor | None, buffers: Buffers) -> Stored | None:
-        wanted = rows.image_rows_B if field.space == "image" else rows.text_rows_B
+        wanted, _ = _rows_in(field, rows)
         if wanted is None:
             return None
         if self.pooled is not None:
             assert rows.views_B is not None
             return Stored(torch.from_numpy(self.pooled.take(wanted, rows.views_B)))
+        stored = self._read_stored(field, rows, "targets", buffers)
         if field.space == "image":
-            return _read_stored(field, wanted, rows.views_B, "targets", buffers)
+            return stored
         assert lengths is not None
-        stored = _read_stored(field, wanted, None, "targets", buffers)
         longest = int(lengths.max())
         scale = stored.scale[:, :longest] if stored.scale is not None else None
         return Stored(stored.values[:, :longest], scale)
 
+    def _read_stored(self, field: Field, rows: BatchRows, name: str, buffers: Buffers) -> Stored:
+        wanted, views = _rows_in(field, rows)
+        assert wanted is not None
+        values = buffers.tensor(name, (len(wanted), *field.row_shape), getattr(torch, field.storage))
+        mixed = self._mixed.get(field.name)
+        if mixed is not None:
+            mixed.take(wanted, views, values.numpy())
+        else:
+            field.read(wanted, views, out=values.numpy(), threads=self.reading)
+        if field.storage != "int8":
+            return Stored(values)
+        scale = buffers.tensor(f"{name} scale", (len(wanted), *field.row_shape[:-1]), torch.float32)
+        field.read_scale(wanted, views, out=scale.numpy())
+        return Stored(values, scale)
+
     def prepare(self, host: HostBatch, device: torch.device) -> Batch:
+        if device.type != "cuda":
+            return self._with_prefix(self._moved(host, device))
+        # On a stream of its own, so that the copies of the next batch run beside the step of this one.
+        compute = torch.cuda.current_stream(device)
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        copies = self._streams[device]
+        with torch.cuda.stream(copies):
+            batch = self._moved(host, device)
+        compute.wait_stream(copies)
+        for tensor in (getattr(batch, field.name) for field in dataclasses.fields(batch)):
+            if tensor is not None:
+                tensor.record_stream(compute)
+        return self._with_prefix(batch)
+
+    def _moved(self, host: HostBatch, device: torch.device) -> Batch:
+        """The batch on the device and decoded, but for crops, which stay what they are in place of tokens."""
         image_rows, views, ids, mask = self._common(host, device)
         tokens = targets = None
         if host.inputs is not None and self.inputs is not None:
-            if self.inputs.kind == "crops":
-                assert self.prefix is not None
-                tokens = self.prefix(_to(host.inputs.values, device))
-            else:
-                tokens = self._decode(self.inputs, host.inputs, device)
+            is_crops = self.inputs.kind == "crops"
+            tokens = _to(host.inputs.values, device) if is_crops else self._decode(self.inputs, host.inputs, device)
         if host.targets is not None and self.targets is not None:
             targets = self._decode(self.targets, host.targets, device)
         host.buffers.mark_copied(device)
         return Batch(image_rows, views, tokens, ids, mask, targets)
+
+    def _with_prefix(self, batch: Batch) -> Batch:
+        if batch.tokens_BTD is None or self.inputs is None or self.inputs.kind != "crops":
+            return batch
+        assert self.prefix is not None
+        return dataclasses.replace(batch, tokens_BTD=self.prefix(batch.tokens_BTD))
 
     def _common(
         self, host: HostBatch, device: torch.device
@@ -472,7 +294,7 @@ class CachedSource:
         if stored.scale is None:
             return values.float()
         mean, std = self._channel_statistics(field, device)
-        return (values.float() * _to(stored.scale, device)[..., None]) * std + mean
+        return self.decode(values, _to(stored.scale, device), mean, std)
 
     def _channel_statistics(self, field: Field, device: torch.device) -> tuple[Tensor, Tensor]:
         key = (field.name, device)
@@ -495,6 +317,7 @@ class PooledTargets:
                 rows = self.rows_N[start : start + 65536]
                 values = field.read(rows, view) if field.storage == "float16" else field.values(rows, view)
                 self.values_NVD[start : start + len(rows), view] = values
+            field.forget_plain()  # what was read lies in values_NVD now
 
     def take(self, rows_B: np.ndarray, views_B: np.ndarray) -> np.ndarray:
         """[B, D] of the rows in those views."""
@@ -502,13 +325,11 @@ class PooledTargets:
         return taken
 
 
-def _read_stored(field: Field, rows: np.ndarray, views: np.ndarray | None, name: str, buffers: Buffers) -> Stored:
-    dtype = getattr(torch, field.storage)
-    values = buffers.tensor(name, (len(rows), *field.row_shape), dtype)
-    view: int | np.ndarray = 0 if views is None else views
-    field.read(rows, view, out=values.numpy())
-    scale = torch.from_numpy(field.read_scale(rows, view)) if field.storage == "int8" else None
-    return Stored(values, scale)
+def _rows_in(field: Field, rows: BatchRows) -> tuple[np.ndarray | None, np.ndarray | int]:
+    """The batch's rows, and their views, in the field's space."""
+    if field.space == "text":
+        return rows.text_rows_B, 0
+    return rows.image_rows_B, 0 if rows.views_B is None else rows.views_B
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
@@ -521,9 +342,12 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
 class BatchLoader:
     """Batches of an order, read ahead by threads into a ring of buffers. Sized, and resumable at every batch.
 
-    A batch's memory is reused two batches later: whoever keeps one longer copies it. threads 0: read when asked, in
-    the caller's thread. `waited_seconds` is the time the consumer stood waiting for a batch; `while_waiting` is called
-    several times a second meanwhile and may raise, to give up on storage that does not answer.
+    A batch's memory is reused two batches later: whoever keeps one longer copies it. threads: batches read at once (how
+    many threads share one batch is the source's); 0: read when asked, in the caller's thread. `while_waiting` is called
+    several times a second while the consumer waits and may raise, to give up on storage that does not answer.
+
+    Counted: waited_seconds, that the consumer stood waiting; rows_read and bytes_read; read_seconds, that threads spent
+    on reading, all of them together, and busy_seconds, what of that they were on a processor.
     """
 
     def __init__(
@@ -533,7 +357,20 @@ class BatchLoader:
         self.threads, self.prefetch, self.pin = threads, prefetch if threads else 0, pin
         self.step = 0  # batches handed out so far
         self.waited_seconds = 0.0
+        self.rows_read = self.bytes_read = 0
+        self._read_seconds = self._busy_seconds = 0.0  # of the threads that read a batch each
+        self._counting = threading.Lock()
         self.while_waiting: Callable[[], None] = lambda: None
+
+    @property
+    def read_seconds(self) -> float:
+        reading = self.source.reading
+        return reading.seconds if reading is not None and reading.seconds else self._read_seconds
+
+    @property
+    def busy_seconds(self) -> float:
+        reading = self.source.reading
+        return reading.busy_seconds if reading is not None and reading.seconds else self._busy_seconds
 
     def __len__(self) -> int:
         return len(self.order)
@@ -543,22 +380,36 @@ class BatchLoader:
         slots = [Buffers(self.pin) for _ in range(self.prefetch + 2)]  # read ahead, awaited, and still in use
         pool = ThreadPoolExecutor(self.threads or 1, thread_name_prefix="emkum-loader")
         pending: deque[Future[HostBatch]] = deque()
-        submitted = self.step
+        submitted = expected = self.step
         try:
             while self.step < len(self.order):
                 while submitted < min(len(self.order), self.step + 1 + self.prefetch):
                     rows = self.order.rows(submitted)
                     buffers = slots[submitted % len(slots)]
                     if self.threads:
-                        pending.append(pool.submit(self.source.read, rows, buffers))
+                        pending.append(pool.submit(self._read, rows, buffers))
                     else:
-                        pending.append(read_now(self.source.read, rows, buffers))
+                        pending.append(read_now(self._read, rows, buffers))
                     submitted += 1
+                ahead = min(len(self.order), submitted + self.order.look_ahead)
+                for step in range(max(expected, submitted), ahead):
+                    self.source.expect(self.order.rows(step))
+                expected = max(expected, ahead)
                 batch = self._awaited(pending.popleft())
                 self.step += 1
                 yield batch
         finally:  # after the last batch no thread reads; whoever leaves before it may do so because one of them hangs
             pool.shutdown(wait=self.step == len(self.order), cancel_futures=True)
+
+    def _read(self, rows: BatchRows, buffers: Buffers) -> HostBatch:
+        began, began_busy = time.perf_counter(), time.thread_time()
+        batch = self.source.read(rows, buffers)
+        with self._counting:
+            self._read_seconds += time.perf_counter() - began
+            self._busy_seconds += time.thread_time() - began_busy
+            self.rows_read += len(rows)
+            self.bytes_read += batch.num_bytes
+        return batch
 
     def _awaited(self, reading: Future[HostBatch]) -> HostBatch:
         asked = time.perf_counter()

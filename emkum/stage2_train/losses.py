@@ -6,21 +6,24 @@ B batch, T tokens, L text tokens, D width, N candidates.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from emkum.errors import UsageError
 from emkum.models import targets
-from emkum.stage2_train.loader import Batch, BatchSource, SampleTable
+from emkum.stage2_train.loader import Batch, BatchSource
 from emkum.stage2_train.objectives.cls_mse import cls_mse
 from emkum.stage2_train.objectives.ctl import FifoBank, WholeBank, ctl
+from emkum.stage2_train.objectives.gather import gathered_constants, own_part
 from emkum.stage2_train.objectives.itc import MAX_LOG_SCALE, Contrast, clamp_log_scale, itc, start_log_scale
 from emkum.stage2_train.objectives.layers_mse import layers_mse
 from emkum.stage2_train.recipe import Recipe
+from emkum.stage2_train.samples import SampleTable
 from emkum.stage2_train.student import Student
 
 AUTO_BANK_ROWS = 65_536  # THESIS.md section 2: the FIFO of `ctl`
@@ -32,10 +35,14 @@ BANK_LIMIT_BYTES = 8 * 2**30
 
 @dataclass(frozen=True)
 class Losses:
-    """The weighted sum that is minimised, and what is logged beside it, each a scalar on the device."""
+    """The weighted sum that is minimised, and what is logged beside it, each a scalar on the device.
+
+    share: how much the batch weighs beside others of its step, where that is not the same for all: its real tokens.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
+    share: Tensor | None = None
 
 
 class Terms(nn.Module):
@@ -96,26 +103,30 @@ def _log_scale(temperature: float) -> nn.Parameter:
     return nn.Parameter(torch.tensor(start_log_scale(temperature)))
 
 
-def pair_losses(student: Student, terms: Terms, recipe: Recipe, batch: Batch) -> Losses:
+def pair_losses(student: Student, terms: Terms, recipe: Recipe, batch: Batch, chunk: int = 0) -> Losses:
     """Pictures and captions: itc, ctl and cls-mse, weighted as the recipe says. Fills the bank."""
     assert batch.tokens_BTD is not None
     assert batch.ids_BL is not None
     assert batch.mask_BL is not None
     assert batch.image_rows_B is not None
     assert batch.views_B is not None
-    images_BD = student.encode_images(batch.tokens_BTD).features_BD
-    texts_BD = student.encode_texts(batch.ids_BL, batch.mask_BL).features_BD
+    images_BD = in_chunks(lambda tokens: student.encode_images(tokens).features_BD, chunk, batch.tokens_BTD)
+    texts_BD = in_chunks(
+        lambda ids, mask: student.encode_texts(ids, mask).features_BD, chunk, batch.ids_BL, batch.mask_BL
+    )
     wanted, parts, total = recipe.objectives, {}, torch.zeros((), device=images_BD.device)
     if wanted.itc and terms.itc_log_scale is not None:
         contrast = itc(images_BD, texts_BD, terms.itc_log_scale, batch.image_rows_B)
         total = total + wanted.itc.weight * contrast.loss
         parts.update(_contrast_parts("itc", contrast, terms.itc_log_scale))
     if wanted.ctl and terms.ctl_log_scale is not None and terms.bank is not None and batch.targets is not None:
-        candidates_ND, rows_N, labels_B = terms.bank.candidates(batch.targets, batch.image_rows_B, batch.views_B)
+        targets_GD, rows_G, views_G = map(gathered_constants, (batch.targets, batch.image_rows_B, batch.views_B))
+        candidates_ND, rows_N, labels_G = terms.bank.candidates(targets_GD, rows_G, views_G)
+        labels_B = own_part(labels_G)
         contrast = ctl(images_BD, texts_BD, candidates_ND, rows_N, labels_B, batch.image_rows_B, terms.ctl_log_scale)
         total = total + wanted.ctl.weight * contrast.loss
         parts.update(_contrast_parts("ctl", contrast, terms.ctl_log_scale))
-        terms.bank.push(batch.targets, batch.image_rows_B)
+        terms.bank.push(targets_GD, rows_G)
     if wanted.cls_mse and batch.targets is not None:
         regression = cls_mse(images_BD, texts_BD, batch.targets)
         total = total + wanted.cls_mse.weight * regression.loss
@@ -135,19 +146,41 @@ def _contrast_parts(name: str, contrast: Contrast, log_scale: Tensor) -> dict[st
     }
 
 
-def token_losses(student: Student, recipe: Recipe, batch: Batch) -> Losses:
+def token_losses(student: Student, recipe: Recipe, batch: Batch, chunk: int = 0) -> Losses:
     """Pictures or texts alone: layers-mse at every token."""
     assert recipe.objectives.layers_mse is not None
     assert batch.targets is not None
     if batch.tokens_BTD is not None:
-        hidden = student.encode_images(batch.tokens_BTD).hidden
-        predicted_BTD = targets.layers(hidden, None, final_layer_norm=True)
+        predicted_BTD = in_chunks(
+            lambda tokens: targets.layers(student.encode_images(tokens).hidden, None, final_layer_norm=True),
+            chunk,
+            batch.tokens_BTD,
+        )
     else:
         assert batch.ids_BL is not None
-        hidden = student.encode_texts(batch.ids_BL, batch.mask_BL).hidden  # type: ignore[arg-type]
-        predicted_BTD = targets.layers(hidden, batch.mask_BL, final_layer_norm=False)
+        assert batch.mask_BL is not None
+        predicted_BTD = in_chunks(
+            lambda ids, mask: targets.layers(student.encode_texts(ids, mask).hidden, mask, final_layer_norm=False),
+            chunk,
+            batch.ids_BL,
+            batch.mask_BL,
+        )
     loss = layers_mse(predicted_BTD, batch.targets, batch.mask_BL)
-    return Losses(recipe.objectives.layers_mse.weight * loss, {"layers_mse": loss})
+    share = None if batch.mask_BL is None else batch.mask_BL.sum()
+    return Losses(recipe.objectives.layers_mse.weight * loss, {"layers_mse": loss}, share)
+
+
+def in_chunks(encode: Callable[..., Tensor], chunk: int, *inputs: Tensor) -> Tensor:
+    """`encode` of so many samples at a time; 0: of all at once. The same numbers and gradients up to rounding.
+
+    The backward pass computes each chunk again, so that activations of one chunk exist at a time: as in Gao et al.
+    2021 (GradCache), a contrastive batch may be as large as its features allow, for one more forward pass.
+    """
+    if not chunk or chunk >= len(inputs[0]) or not torch.is_grad_enabled():
+        return encode(*inputs)
+    parts = zip(*(torch.split(whole, chunk) for whole in inputs), strict=True)
+    # Nothing in a student is random, so no state of a generator is kept.
+    return torch.cat([checkpoint(encode, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 def part_names(recipe: Recipe) -> list[str]:
@@ -168,11 +201,11 @@ def autocast(compute: str, device: torch.device) -> contextlib.AbstractContextMa
     return torch.autocast(device.type, dtype=getattr(torch, compute))
 
 
-def step_losses(student: Student, terms: Terms, recipe: Recipe, batch: Batch) -> Losses:
-    """The losses of one batch of the recipe's kind."""
+def step_losses(student: Student, terms: Terms, recipe: Recipe, batch: Batch, chunk: int = 0) -> Losses:
+    """The losses of one batch of the recipe's kind; `chunk` as in `in_chunks`."""
     if recipe.kind == "pairs":
-        return pair_losses(student, terms, recipe, batch)
-    return token_losses(student, recipe, batch)
+        return pair_losses(student, terms, recipe, batch, chunk)
+    return token_losses(student, recipe, batch, chunk)
 
 
 class Journal:

@@ -36,7 +36,7 @@ def parameter_groups(student: Student, terms: Terms, recipe: Recipe) -> list[dic
 def peak_rate(recipe: Recipe, pretrained: bool = False) -> float:
     """The highest learning rate of new parts, or of pretrained blocks: the recipe's, grown with the batch."""
     wanted = recipe.optimiser
-    return (wanted.encoder_lr if pretrained else wanted.lr) * recipe.training.batch / BATCH_OF_RATES
+    return (wanted.encoder_lr if pretrained else wanted.lr) * recipe.training.step_batch / BATCH_OF_RATES
 
 
 def rate(recipe: Recipe, step: int, num_steps: int) -> float:

@@ -17,9 +17,12 @@ from emkum.errors import UsageError
 from emkum.models.network import Network, load_saved
 from emkum.models.passes import FrozenPass, Wanted, chosen_device, good_compute
 from emkum.shards.reader import Cache
+from emkum.shards.shard_files import VERIFY, ReadThreads, Verify
 from emkum.stage2_train.live import LiveSource
-from emkum.stage2_train.loader import BatchSource, CachedSource, Prefix, SampleTable, TrainOrder, sample_table
+from emkum.stage2_train.loader import BatchSource, CachedSource, Prefix
 from emkum.stage2_train.losses import Terms, bank_in_words, make_bank
+from emkum.stage2_train.mixing import blocks_held
+from emkum.stage2_train.order import Shuffle, TrainOrder
 from emkum.stage2_train.recipe import (
     FieldNames,
     Recipe,
@@ -30,11 +33,15 @@ from emkum.stage2_train.recipe import (
 )
 from emkum.stage2_train.resume import check_same_run, continue_command, run_identity, start_command
 from emkum.stage2_train.run_folder import RunFolder, git_revision
+from emkum.stage2_train.samples import SampleTable, sample_table
+from emkum.stage2_train.storage_probe import needs_probe, probe_storage
 from emkum.stage2_train.student import Student, build_student, parameter_table
 from emkum.stage2_train.validation import Validator
 
 Say = Callable[[str], None]
 Precision = Literal["auto", "float32", "bfloat16"]
+SHUFFLES = ("auto", "rows", "blocks")
+MIX_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,14 @@ class TrainConfig:
 
     recipe None: what the cache's fields allow, or, on resume, the run's. seed None: 0, or the run's. precision
     "auto": bfloat16 where the device is good at it, else float32, or the run's. max_steps: a length in steps that
-    replaces the recipe's epochs. data: where the source tars lie now, for `live`.
+    replaces the recipe's epochs. data: where the source tars lie now, for `live`. shuffle "auto": rows, unless the
+    storage is slow at single ones (or the run's own, on resume); mix_blocks: blocks that "blocks" mixes, 8 by
+    default.
+    verify: when checksums of what is read are looked at. threads: share the reading of a batch. chunk: samples that
+    the student computes at a time, recomputed in the backward pass; 0: the whole batch.
     """
 
-    cache: Path = Path("shards")
+    cache: Path | str = Path("shards")
     recipe: str | None = None
     overrides: tuple[str, ...] = ()
     run_dir: Path | None = None
@@ -58,19 +69,31 @@ class TrainConfig:
     resume: bool = False
     allow_partial: bool = False
     max_steps: int | None = None
-    threads: int = 2
+    shuffle: Literal["auto", "rows", "blocks"] = "auto"
+    mix_blocks: int | None = None
+    verify: Verify = "first"
+    threads: int = 8
     prefetch: int = 3
     log_every: int = 10
     checkpoint_minutes: float = 10.0
     activation_checkpointing: bool = False
+    chunk: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _require(self.seed is None or 0 <= self.seed < 2**63, f"--seed {self.seed}", "give a number from 0")
         known = ("auto", "float32", "bfloat16")
         _require(self.precision in known, f"--precision {self.precision}", f"choose one of {', '.join(known)}")
         _require(self.max_steps is None or self.max_steps > 0, f"--max-steps {self.max_steps}", "give 1 or more")
+        _require(self.shuffle in SHUFFLES, f"--shuffle {self.shuffle}", f"choose one of {', '.join(SHUFFLES)}")
+        mixed = self.mix_blocks
+        _require(mixed is None or mixed > 0, f"--mix-blocks {mixed}", "give 1 or more")
+        told = mixed is None or self.shuffle != "rows"
+        _require(told, f"--mix-blocks {mixed} with --shuffle rows", "it says how many blocks --shuffle blocks mixes")
+        _require(self.verify in VERIFY, f"--verify {self.verify}", f"choose one of {', '.join(VERIFY)}")
         _require(self.threads > 0, f"--threads {self.threads}", "give 1 or more")
         _require(self.prefetch > 0, f"--prefetch {self.prefetch}", "give 1 or more")
+        _require(self.chunk >= 0, f"--chunk {self.chunk}", "give 1 or more samples, or 0 for the whole batch")
         _require(self.log_every > 0, f"--log-every {self.log_every}", "give 1 or more")
         minutes = self.checkpoint_minutes
         _require(minutes >= 0, f"checkpoint_minutes {minutes}", "give minutes, from 0: after every step")
@@ -90,6 +113,7 @@ class Plan:
     cache: Cache
     recipe: Recipe
     why: str
+    why_shuffle: str  # one line for people; empty where there was nothing to decide
     names: FieldNames
     seed: int
     device: torch.device
@@ -105,7 +129,7 @@ class Plan:
 
 def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
     """Reads recipe and cache and builds the student. `before`: run.json of the run to continue; its choices stand."""
-    cache = Cache.open(config.cache)
+    cache = Cache.open(config.cache, verify=config.verify)
     recipe, why = _recipe(config, cache, before)
     if before is not None:  # before anything that another recipe would trip over
         check_same_run(before, {**before["identity"], "recipe": recipe.to_json()}, config)
@@ -117,7 +141,8 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
     seed = config.seed if config.seed is not None else int(before["seed"]) if before else 0
 
     table = sample_table(cache, recipe, names, recipe.data.split, allow_partial=config.allow_partial)
-    order = TrainOrder(table, recipe.training.batch, seed, recipe.data.captions)
+    shuffle, why_shuffle = _shuffle(config, cache, names, before)
+    order = _step_order(table, recipe, seed, shuffle)
     order.num_steps = recipe.training.epochs * order.steps_per_epoch
     if config.max_steps or before:
         order.num_steps = config.max_steps or int(before["total_steps"] if before else 0)
@@ -133,16 +158,18 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
     prefix = frozen_prefix(image_network, names.cut, compute, device) if image_network and names.live_prefix else None
     source: BatchSource
     if config.live:
-        source = LiveSource(cache, names, table, device, config.data)
+        source = LiveSource(cache, names, table, device, config.data, precision=compute, threads=config.threads)
     else:
-        source = CachedSource(cache, names, table, prefix)
+        held = blocks_held(shuffle.window, cache.rows_per_block, order.batch, config.prefetch) if shuffle.window else 0
+        source = CachedSource(cache, names, table, prefix, threads=config.threads, held_blocks=held)
     terms = Terms(recipe, make_bank(recipe, table, source, target_width))
-    identity = run_identity(recipe, cache, names, table, len(order), seed, compute, config.live)
+    identity = run_identity(recipe, cache, names, table, len(order), seed, compute, config.live, shuffle)
     return Plan(
         config,
         cache,
         recipe,
         why,
+        why_shuffle,
         names,
         seed,
         device,
@@ -155,6 +182,48 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
         prefix,
         identity,
     )
+
+
+def _shuffle(
+    config: TrainConfig, cache: Cache, names: FieldNames, before: Mapping[str, Any] | None
+) -> tuple[Shuffle, str]:
+    """How epochs are shuffled, and why: as asked, as the run was, or as suits the storage."""
+    blocks = Shuffle("blocks", cache.rows_per_block, config.mix_blocks or MIX_BLOCKS)
+    if config.shuffle != "auto":
+        return (blocks, "as asked") if config.shuffle == "blocks" else (Shuffle(), "as asked")
+    if before is not None:
+        begun = Shuffle(**before["identity"].get("shuffle", {}))
+        return (blocks if begun.mode == "blocks" and config.mix_blocks else begun), "as the run began"
+    fields = [cache.field(name) for name in names.needed() if cache.field(name).spec.sharded]
+    if config.live or not fields:
+        return Shuffle(), ""
+    if cache.store.local is None:
+        return blocks, "an object store answers many requests for single rows slowly; --shuffle rows overrides it"
+    if not needs_probe(fields):
+        return Shuffle(), ""
+    largest = max(fields, key=lambda field: field.num_bytes)
+    threads = ReadThreads(config.threads)
+    found = probe_storage(largest, threads)
+    threads.close()
+    rates = f"the storage gives {found.single:,.0f} single rows a second, {found.in_order:,.0f} in order"
+    if found.slow_at_single_rows:
+        return blocks, f"{rates}; --shuffle rows overrides it"
+    return Shuffle(), rates
+
+
+def _step_order(table: SampleTable, recipe: Recipe, seed: int, shuffle: Shuffle) -> TrainOrder:
+    """The order of whole steps: each batch of it is what one step of the optimiser learns from."""
+    batch, accumulate = recipe.training.batch, recipe.training.accumulate
+    order = TrainOrder(table, batch, seed, recipe.data.captions, shuffle=shuffle)
+    if accumulate == 1:
+        return order
+    if order.steps_per_epoch < accumulate:
+        raise UsageError(
+            f"training.accumulate = {accumulate}: a step of {accumulate} batches of {batch} is more than the "
+            f"{order.units} samples of split {table.split!r}",
+            f"use fewer: --set training.accumulate={order.steps_per_epoch}",
+        )
+    return TrainOrder(table, recipe.training.step_batch, seed, recipe.data.captions, shuffle=shuffle)
 
 
 def _recipe(config: TrainConfig, cache: Cache, before: Mapping[str, Any] | None) -> tuple[Recipe, str]:
@@ -232,7 +301,7 @@ def run_info(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, fr
         "continue": continue_command(plan.config, folder.dir),
         "recipe": plan.recipe.to_json(),
         "cache": {
-            "path": str(plan.config.cache.resolve()),
+            "path": str(plan.cache.path.resolve()) if isinstance(plan.cache.path, Path) else plan.cache.path,
             "uuid": plan.cache.uuid,
             "fields": plan.identity["fields"],
             "supervision": _supervision(plan.cache, plan.names),
@@ -279,14 +348,24 @@ def run_summary(plan: Plan, info: Mapping[str, Any], validator: Validator | None
     what = {"pairs": "pictures with captions", "images": "pictures", "texts": "texts"}[recipe.kind]
     units = f"{order.units:,} captions of " if order.units != table.num_samples else ""
     views = f", {table.num_views} views" if table.num_views > 1 else ""
+    accumulate = recipe.training.accumulate
+    size = f"{accumulate} x {recipe.training.batch}" if accumulate > 1 else str(order.batch)
     dropped = f"; {table.dropped:,} more left out, as a field or a partner is lacking" if table.dropped else ""
     lines = [
         f"recipe {recipe.name}: {' + '.join(recipe.terms).replace('_', '-')}" + (f" ({plan.why})" if plan.why else ""),
         f"reads {', '.join(plan.names.needed())}",
         f"{table.split}: {units}{table.num_samples:,} {what}{views}{dropped}",
-        f"{order.steps_per_epoch} batches of {order.batch} an epoch ({order.left_over} samples of each shuffle are "
+        f"{order.steps_per_epoch} batches of {size} an epoch ({order.left_over} samples of each shuffle are "
         f"left over), {len(order)} steps in all",
     ]
+    if order.shuffle.mode == "blocks":
+        gib = plan.source.mixing_bytes / 2**30
+        lines.append(
+            f"shuffled by whole blocks, {order.shuffle.window} of them mixed in {gib:.1f} GiB of memory "
+            f"({plan.why_shuffle})"
+        )
+    elif plan.why_shuffle:
+        lines.append(f"shuffled row by row ({plan.why_shuffle})")
     if info["bank"]:
         lines.append(f"bank of ctl: {info['bank']}")
     if validator is not None:

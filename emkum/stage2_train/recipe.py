@@ -109,7 +109,7 @@ class ObjectivesRecipe:
 
 @dataclass(frozen=True)
 class OptimiserRecipe:
-    """AdamW. Rates are for batch 256. Norms, biases, LayerScale, token types and scales do not decay."""
+    """AdamW. Rates are for 256 samples a step. Norms, biases, LayerScale, token types and scales do not decay."""
 
     lr: float = ranged(5e-4, 0.0, 1.0)  # new parts: shared blocks, projections, heads, temperatures
     encoder_lr: float = ranged(5e-5, 0.0, 1.0)  # blocks that start from a pretrained network
@@ -128,6 +128,12 @@ class TrainingRecipe:
 
     epochs: int = ranged(10, 1)
     batch: int = ranged(256, 1)
+    accumulate: int = ranged(1, 1)  # the optimiser steps after so many batches, with the mean of their gradients
+
+    @property
+    def step_batch(self) -> int:
+        """Samples of a step of the optimiser; rates grow with it."""
+        return self.batch * self.accumulate
 
 
 @dataclass(frozen=True)
@@ -481,10 +487,11 @@ def required_fields(recipe: Recipe, cache: Cache) -> FieldNames:
 def _inputs(recipe: Recipe, cache: Cache) -> tuple[str, str, int]:
     wanted = recipe.data
     tokens_exist = any(TOKENS.fullmatch(name) for name in cache.fields)
-    crops_wanted = CROPS.fullmatch(wanted.inputs) is not None
+    crops_wanted = CROPS.fullmatch(wanted.inputs)
     if crops_wanted or (wanted.inputs == "auto" and not tokens_exist):
+        kept = f"--store-inputs crops --size {crops_wanted['size']}" if crops_wanted else "--cut 0"
         name = _choose(
-            cache, "data.inputs", wanted.inputs, CROPS, recipe, "--teacher <image network> --cut 0", "image inputs"
+            cache, "data.inputs", wanted.inputs, CROPS, recipe, f"--teacher <image network> {kept}", "image inputs"
         )
         return name, _crops_encoder(recipe, cache), 0 if wanted.cut == "auto" else wanted.cut
     name = _choose(
@@ -510,7 +517,8 @@ def _crops_encoder(recipe: Recipe, cache: Cache) -> str:
         if recipe.data.encoder not in cache.models:
             raise MissingField(
                 f"the cache keeps no network {recipe.data.encoder} (it keeps {_listed(cache.models)})",
-                f"emkum extract --cache {cache.path} --encoder {recipe.data.encoder}",
+                f"keep it: emkum extract --cache {cache.path} --split {recipe.data.split} --from-crops --store-inputs "
+                f"crops --encoder {recipe.data.encoder} --teacher {recipe.data.encoder}",
             )
         return recipe.data.encoder
     texts = {found["network"] for name in cache.fields if (found := IDS.fullmatch(name))}
@@ -562,14 +570,20 @@ def _shape_of(pattern: re.Pattern[str]) -> str:
 
 
 def extract_command(cache: Cache, split: str, flags: str) -> str:
-    """The command that adds what `flags` ask for to the cache, with the encoders, cut and size that it has."""
+    """The command that adds what `flags` ask for to the cache, with the encoders, cut and size that it has.
+
+    Of a cache that keeps crops, without the tars.
+    """
     if "--teacher" not in flags:
         flags = f"--teacher <network> {flags}"
-    words = [f"emkum extract --cache {cache.path} --split {split} --data <tars> {flags}"]
+    asks_for_inputs = "--cut" in flags or "--store-inputs" in flags
+    from_crops = any(CROPS.fullmatch(name) for name in cache.fields) and not asks_for_inputs
+    source = "--from-crops" if from_crops else "--data <tars>"
+    words = [f"emkum extract --cache {cache.path} --split {split} {source} {flags}"]
     for name, cached in cache.fields.items():
         record = getattr(cached, "record", None) or {"fingerprint": {}, "environment": {}}
         size, max_tokens = record["fingerprint"].get("size"), record["fingerprint"].get("max_tokens")
-        if (found := TOKENS.fullmatch(name)) and "--cut" not in flags:
+        if (found := TOKENS.fullmatch(name)) and not asks_for_inputs and not from_crops:
             words.append(f"--encoder {_loadable(record, found['network'])} --cut {found['cut']}")
             words += [f"--size {size}"] if size else []
         if (found := IDS.fullmatch(name)) and "--text-encoder" not in flags:

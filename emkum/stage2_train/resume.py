@@ -17,9 +17,10 @@ import torch
 
 from emkum.errors import NotARun, ResumeMismatch
 from emkum.shards.reader import Cache
-from emkum.stage2_train.loader import SampleTable
-from emkum.stage2_train.recipe import FieldNames, Recipe
+from emkum.stage2_train.order import Shuffle
+from emkum.stage2_train.recipe import FieldNames, Recipe, recipe_from_table
 from emkum.stage2_train.run_folder import RunFolder, copy_durably, pieces, read_checkpoint
+from emkum.stage2_train.samples import SampleTable
 
 if TYPE_CHECKING:
     from emkum.stage2_train.plan import Say, TrainConfig
@@ -34,6 +35,7 @@ def run_identity(
     seed: int,
     compute: str,
     live: bool,
+    shuffle: Shuffle,
 ) -> dict[str, Any]:
     """What must be equal for a run to be continued."""
     rows = hashlib.sha256()
@@ -50,6 +52,7 @@ def run_identity(
         "seed": seed,
         "precision": compute,
         "live": live,
+        "shuffle": shuffle.to_json(),
         "validation": validation_identity(recipe, cache, names),
     }
 
@@ -72,7 +75,7 @@ def validation_identity(recipe: Recipe, cache: Cache, names: FieldNames) -> dict
 
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], config: TrainConfig) -> None:
     """Raise ResumeMismatch, both values shown, unless the run of `before` (its run.json) has the identity `now`."""
-    differences = _differences(before["identity"], now)
+    differences = _differences(_with_defaults(before["identity"]), now)
     names = [difference for difference in differences if difference[0] == "recipe.name"]
     if differences:
         shown = "; ".join(f"{path}: {old} in the run, {new} now" for path, old, new in (names or differences)[:5])
@@ -80,6 +83,11 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], config: Tr
             f"{config.run_dir} cannot be continued with this ({shown})",
             f"continue it as it was started: {before['continue']}; or start a new run in another --run-dir",
         )
+
+
+def _with_defaults(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity whose recipe has every key: a run of before a key existed had its default."""
+    return {"shuffle": Shuffle().to_json(), **identity, "recipe": recipe_from_table(identity["recipe"]).to_json()}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -106,8 +114,14 @@ def _same_flags(config: TrainConfig) -> list[str]:
     for pattern in config.data:
         words += ["--data", pattern]
     words += ["--allow-partial"] if config.allow_partial else []
+    words += ["--shuffle", config.shuffle] if config.shuffle != "auto" else []
+    words += ["--mix-blocks", str(config.mix_blocks)] if config.mix_blocks else []
+    words += ["--verify", config.verify] if config.verify != type(config).verify else []
     words += ["--threads", str(config.threads)] if config.threads != type(config).threads else []
+    words += ["--prefetch", str(config.prefetch)] if config.prefetch != type(config).prefetch else []
     words += ["--activation-checkpointing"] if config.activation_checkpointing else []
+    words += ["--chunk", str(config.chunk)] if config.chunk else []
+    words += ["--compile"] if config.compile else []
     return words
 
 
@@ -174,7 +188,7 @@ def check_whole(found: Mapping[str, Any], path: Path, identity: Mapping[str, Any
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ResumeMismatch(f"checkpoint {path} lacks {shown}", _restore_or_restart(before))
     theirs, ours = (json.loads(json.dumps(whose)) for whose in (found["emkum"]["identity"], identity))
-    differences = _differences(theirs, ours)
+    differences = _differences(_with_defaults(theirs), _with_defaults(ours))
     if differences:
         shown = "; ".join(f"{name}: {old} in the checkpoint, {new} in the run" for name, old, new in differences[:5])
         raise ResumeMismatch(f"checkpoint {path} is of another run ({shown})", _restore_or_restart(before))

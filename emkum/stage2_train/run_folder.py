@@ -34,6 +34,7 @@ from emkum.shards.durable import (
     temporary_path,
     write_file,
 )
+from emkum.shards.store import is_url
 from emkum.stage2_train.recipe import Recipe, recipe_from_table
 from emkum.stage2_train.student import Student, StudentSpec
 
@@ -94,7 +95,7 @@ class LoadedRun:
 
     student: Student
     recipe: Recipe
-    cache_path: Path
+    cache_path: Path | str
     info: dict[str, Any]
     dir: Path
 
@@ -121,8 +122,8 @@ def load_run(run_dir: Path | str, checkpoint: str = "best") -> LoadedRun:
             f"the weights of {folder.dir} ({checkpoint}) are not of its student.json: {reason}",
             "the folder mixes files of two runs; train again into a new one",
         ) from error
-    recipe = recipe_from_table(info["recipe"])
-    return LoadedRun(student.eval(), recipe, Path(info["cache"]["path"]), info, folder.dir)
+    recipe, place = recipe_from_table(info["recipe"]), info["cache"]["path"]
+    return LoadedRun(student.eval(), recipe, place if is_url(place) else Path(place), info, folder.dir)
 
 
 def read_info(folder: RunFolder) -> dict[str, Any]:

@@ -110,6 +110,7 @@ class Student(nn.Module):
     def __init__(self, spec: StudentSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.compiled = False  # compiled.py
         self.image_blocks = BlockStack(spec.image.stack) if spec.image and spec.image.stack else None
         self.text_embedding = TextEmbedding(spec.text.embedding) if spec.text else None
         self.text_blocks = BlockStack(spec.text.stack) if spec.text and spec.text.stack else None

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from emkum.errors import StorageFailure
 from emkum.shards.durable import sweep_temporaries
+from emkum.stage2_train.compiled import compile_blocks
 from emkum.stage2_train.keeper import DurableCheckpoints, RunKeeper, RunResult, result_of
 from emkum.stage2_train.loader import Batch, BatchLoader, HostBatch
 from emkum.stage2_train.losses import Journal, autocast, step_losses
+from emkum.stage2_train.micro_batches import MicroBatches
 from emkum.stage2_train.optimiser import parameter_groups, rate
 from emkum.stage2_train.plan import Plan, Say, TrainConfig, make_plan, run_info, run_summary
 from emkum.stage2_train.resume import check_same_run, resume_point
@@ -79,8 +81,17 @@ def _session(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, sa
         write_info(folder, info)
         return result_of(folder, info)
 
+    if config.compile:
+        reason = compile_blocks(plan.student, plan.device)
+        say(f"not compiled: {reason}" if reason else "blocks are compiled as they first run, but not for validation")
+    accumulate = plan.recipe.training.accumulate
+    batches = MicroBatches(plan.order, accumulate) if accumulate > 1 else plan.order
     loader = BatchLoader(
-        plan.order, plan.source, threads=config.threads, prefetch=config.prefetch, pin=plan.device.type == "cuda"
+        batches,
+        plan.source,
+        threads=plan.source.batches_at_once,
+        prefetch=config.prefetch,
+        pin=plan.device.type == "cuda",
     )
     module = Distillation(plan)
     keeper = RunKeeper(plan, folder, info, loader, module.journal, validator, point, say)
@@ -90,6 +101,7 @@ def _session(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, sa
             accelerator="gpu" if plan.device.type == "cuda" else "cpu",
             devices=[plan.device.index or 0] if plan.device.type == "cuda" else 1,
             max_epochs=1,
+            accumulate_grad_batches=accumulate,
             gradient_clip_val=plan.recipe.optimiser.clip_norm or None,
             callbacks=[keeper],
             plugins=[DurableCheckpoints(), LightningEnvironment()],
@@ -114,7 +126,11 @@ class Distillation(LightningModule):
         super().__init__()
         self.student, self.terms = plan.student, plan.terms
         self.recipe, self.source, self.compute = plan.recipe, plan.source, plan.compute
-        self.num_steps = len(plan.order)
+        self.num_steps, self.chunk = len(plan.order), plan.config.chunk
+        self.accumulate = plan.recipe.training.accumulate
+        self.unstepped = 0  # batches since the last step, whose gradients wait for the next
+        self.shares: Tensor | None = None  # of these batches
+        self._gradients: dict[str, Tensor] = {}  # of a checkpoint, until training starts
         self.journal = Journal()
 
     def transfer_batch_to_device(self, batch: HostBatch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -122,9 +138,20 @@ class Distillation(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         with autocast(self.compute, self.device):
-            losses = step_losses(self.student, self.terms, self.recipe, batch)
+            losses = step_losses(self.student, self.terms, self.recipe, batch, self.chunk)
         self.journal.add({"loss": losses.total, **losses.parts})
-        return losses.total
+        self.unstepped += 1
+        if self.accumulate == 1 or losses.share is None:
+            return losses.total
+        self.shares = losses.share if self.shares is None else self.shares + losses.share
+        return losses.total * losses.share
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Batches of texts weigh as much as they have real tokens: the step is that of one batch of them all."""
+        if self.shares is not None:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_mul_(gradients, self.accumulate / self.shares)
+            self.shares = None
 
     def optimizer_step(
         self,
@@ -135,6 +162,25 @@ class Distillation(LightningModule):
     ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.terms.clamp_scales()
+        self.unstepped = 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """In the middle of a step, what its batches so far have left: a resumed run goes on with the next of them."""
+        if self.unstepped:
+            gradients = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+            checkpoint["unstepped"] = {"batches": self.unstepped, "gradients": gradients, "shares": self.shares}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "unstepped" in checkpoint:
+            kept = checkpoint["unstepped"]
+            self.unstepped, self.shares, self._gradients = kept["batches"], kept["shares"], kept["gradients"]
+
+    def on_train_start(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name in self._gradients:
+                parameter.grad = self._gradients[name].to(parameter.device)
+        self.shares = self.shares.to(self.device) if self.shares is not None else None
+        self._gradients = {}
 
     def configure_optimizers(self) -> Any:
         optimiser = torch.optim.AdamW(

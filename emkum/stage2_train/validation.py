@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from emkum.stage2_train.compiled import uncompiled
 from emkum.stage2_train.evaluate.distillation import token_distances
 from emkum.stage2_train.evaluate.encode import (
     encode_ids,
@@ -25,8 +26,10 @@ from emkum.stage2_train.evaluate.encode import (
 )
 from emkum.stage2_train.evaluate.results import STUDENT
 from emkum.stage2_train.evaluate.retrieval import image_text_retrieval
-from emkum.stage2_train.loader import CachedSource, PassOrder, Prefix, SampleTable, refuse_missing, sample_table
+from emkum.stage2_train.loader import CachedSource, Prefix
+from emkum.stage2_train.order import PassOrder
 from emkum.stage2_train.recipe import FieldNames, Recipe
+from emkum.stage2_train.samples import SampleTable, refuse_missing, sample_table
 from emkum.stage2_train.student import Student
 
 if TYPE_CHECKING:
@@ -90,7 +93,7 @@ def make_validator(
     def evaluating() -> Iterator[None]:
         student.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), uncompiled(student):
                 yield
         finally:
             student.train()

@@ -11,8 +11,9 @@ import torch
 from tqdm import tqdm
 
 from emkum.stage2_train.evaluate.encode import quiet
-from emkum.stage2_train.loader import BatchLoader, BatchSource, Order
+from emkum.stage2_train.loader import BatchLoader, BatchSource
 from emkum.stage2_train.losses import autocast, token_losses
+from emkum.stage2_train.order import Order
 from emkum.stage2_train.recipe import Recipe
 from emkum.stage2_train.student import Student
 

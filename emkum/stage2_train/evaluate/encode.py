@@ -19,8 +19,9 @@ from tqdm import tqdm
 from emkum.errors import BadPicture, NoData, TooManyBadSamples, UsageError
 from emkum.shards.reader import Cache, Field
 from emkum.stage2_train.evaluate.pictures import Pictures
-from emkum.stage2_train.loader import BatchLoader, BatchSource, PassOrder
+from emkum.stage2_train.loader import BatchLoader, BatchSource
 from emkum.stage2_train.losses import autocast
+from emkum.stage2_train.order import PassOrder
 from emkum.stage2_train.student import Student, StudentOut
 
 ByName = Mapping[str, Tensor]  # features [B, D] by the name of who made them

@@ -21,9 +21,10 @@ from emkum.stage2_train.evaluate.pictures import LabelledPictures, label_retriev
 from emkum.stage2_train.evaluate.results import STUDENT, Results, with_baselines
 from emkum.stage2_train.evaluate.retrieval import image_text_retrieval, retrieval_chance
 from emkum.stage2_train.evaluate.texts import TextPairs, text_pair_retrieval
-from emkum.stage2_train.loader import PassOrder, refuse_missing
+from emkum.stage2_train.order import PassOrder
 from emkum.stage2_train.recipe import FieldNames, target_pattern
 from emkum.stage2_train.run_folder import LoadedRun
+from emkum.stage2_train.samples import refuse_missing
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Image-text contrast: pictures and captions of a batch find each other.
 
-B batch, N candidates, D width.
+B batch (of this rank), N candidates (of all ranks), D width.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from emkum.stage2_train.objectives.gather import gathered, gathered_constants, num_ranks, own_part
 
 MAX_LOG_SCALE = math.log(100.0)
 
@@ -47,14 +49,18 @@ def itc(images_BD: Tensor, texts_BD: Tensor, log_scale: Tensor, image_rows_B: Te
     """1/2 CE(s d(I) d(T)^T, diagonal) + 1/2 CE of the transpose, s = exp(min(log_scale, ln 100)).
 
     image_rows_B: int64, the picture of each pair. Another caption of the same picture is no negative: it is left out
-    of the sum. Source: Radford et al. 2021 (CLIP), figure 3; the clamp is theirs.
+    of the sum. Several ranks choose among the pairs of all of them (gather.py); each has the loss of its own rows.
+    Source: Radford et al. 2021 (CLIP), figure 3; the clamp is theirs.
     """
+    rows_N = gathered_constants(image_rows_B)
+    labels_B = own_part(torch.arange(len(rows_N), device=rows_N.device))
     with torch.autocast(images_BD.device.type, enabled=False):
-        scale = log_scale.clamp(max=MAX_LOG_SCALE).exp()
-        logits_BB = scale * unit(images_BD) @ unit(texts_BD).T
-    logits_BB = logits_BB.masked_fill(same_picture(image_rows_B, image_rows_B, _diagonal(image_rows_B)), -math.inf)
-    image_loss, image_accuracy = choose(logits_BB, _diagonal(image_rows_B))
-    text_loss, text_accuracy = choose(logits_BB.T, _diagonal(image_rows_B))
+        scale, images_BD, texts_BD = log_scale.clamp(max=MAX_LOG_SCALE).exp(), unit(images_BD), unit(texts_BD)
+        image_logits_BN = scale * images_BD @ gathered(texts_BD).T
+        text_logits_BN = image_logits_BN.T if num_ranks() == 1 else scale * texts_BD @ gathered(images_BD).T
+    twins_BN = same_picture(image_rows_B, rows_N, labels_B)
+    image_loss, image_accuracy = choose(image_logits_BN.masked_fill(twins_BN, -math.inf), labels_B)
+    text_loss, text_accuracy = choose(text_logits_BN.masked_fill(twins_BN, -math.inf), labels_B)
     return Contrast(0.5 * (image_loss + text_loss), image_loss, text_loss, image_accuracy, text_accuracy)
 
 
@@ -69,7 +75,3 @@ def choose(logits_BN: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
     loss = functional.cross_entropy(logits_BN, labels_B)
     accuracy = (logits_BN.detach().argmax(dim=1) == labels_B).float().mean()
     return loss, accuracy
-
-
-def _diagonal(rows_B: Tensor) -> Tensor:
-    return torch.arange(len(rows_B), device=rows_B.device)
