@@ -5,6 +5,7 @@ N rows, T tokens, D channels.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import numpy as np
 
 from emkum.shards.codec import Encoded, Summary, encode_int8
 from emkum.shards.fingerprint import Fingerprint
-from emkum.shards.layout import FieldSpec
+from emkum.shards.layout import FieldSpec, object_path, receipt_path
+from emkum.shards.ledger import receipt_bytes
+from emkum.shards.segments import Segment
 from emkum.shards.tars import PictureMember, SourceSample, SourceTar
 from emkum.shards.views import ViewPolicy
 from emkum.shards.writer import CacheWriter
@@ -33,12 +36,7 @@ def random_cache(
 ) -> FieldSpec:
     """A cache whose split `train` has one token field of `rows` rows; returns the field."""
     writer = CacheWriter(path, rows_per_block)
-    segment = writer.append_segment("train", ViewPolicy(), [_tar(rows, captions)])
-    field = FieldSpec(TOKENS, "tokens", storage, (tokens, width))
-    statistics = (np.zeros(width, np.float32), np.ones(width, np.float32)) if storage == "int8" else None
-    fingerprint = Fingerprint(field.kind, storage, field.row_shape)
-    writer.declare_field(field, fingerprint, {"source": "random numbers"}, statistics)
-    writer.grow_field(field, 1)
+    segment, field = _declare(writer, rows, tokens, width, storage, captions)
     stored = stored_rows(DISTINCT, tokens, width, storage)
     which = which_stored(rows, rows_per_block)
     for block in segment.image.blocks(rows_per_block):
@@ -50,6 +48,43 @@ def random_cache(
                 target.append(Encoded(stored.values[here], scale, None, Summary()))
             target.commit()
     return field
+
+
+def repeated_cache(path: Path, rows: int, block: Path) -> FieldSpec:
+    """A cache of `rows` float16 rows that takes hardly more of the disk than one block: every block is a hard link to
+    the one of the cache at `block`, with a receipt of its own.
+    """
+    one = CacheWriter(block)
+    rows_per_block = one.rows_per_block
+    assert rows % rows_per_block == 0, f"whole blocks of {rows_per_block} rows"
+    receipt = one.receipts(TOKENS)[0, 0]
+    tokens, width = one.field_record(TOKENS)["arrays"]["values"]["row_shape"]  # type: ignore[index]
+    writer = CacheWriter(path, rows_per_block)
+    segment, field = _declare(writer, rows, tokens, width, "float16", 0)
+    values = field.array("values")
+    for number in segment.image.blocks(rows_per_block):
+        place = object_path(field, values, number, 0)
+        (path / place).parent.mkdir(parents=True, exist_ok=True)
+        (path / place).hardlink_to(block / receipt.objects[0].path)
+        objects = (dataclasses.replace(receipt.objects[0], path=place),)
+        here = dataclasses.replace(receipt, block=number, first_row=number * rows_per_block, objects=objects)
+        written = path / receipt_path(field.name, number, 0)
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.write_bytes(receipt_bytes(here))
+    return field
+
+
+def _declare(
+    writer: CacheWriter, rows: int, tokens: int, width: int, storage: str, captions: int
+) -> tuple[Segment, FieldSpec]:
+    """The segment of split `train` and its token field, without blocks."""
+    segment = writer.append_segment("train", ViewPolicy(), [_tar(rows, captions)])
+    field = FieldSpec(TOKENS, "tokens", storage, (tokens, width))
+    statistics = (np.zeros(width, np.float32), np.ones(width, np.float32)) if storage == "int8" else None
+    fingerprint = Fingerprint(field.kind, storage, field.row_shape)
+    writer.declare_field(field, fingerprint, {"source": "random numbers"}, statistics)
+    writer.grow_field(field, 1)
+    return segment, field
 
 
 def which_stored(rows: int, rows_per_block: int = 1024) -> np.ndarray:
