@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -98,7 +99,10 @@ def train_once(cache: Path, run_dir: Path, kind: str, arguments: argparse.Namesp
         **FLAGS[kind],
     }
     command = [sys.executable, __file__, "--memory-gib", str(arguments.memory_gib), "--child", json.dumps(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # Idle OpenMP threads sleep: where other processes share the cores, those that spin burn what the step needs, and
+    # only in runs that have one team of them (docs/log.md).
+    quiet = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, capture_output=True, text=True, env=quiet)
     if done.returncode:
         sys.exit(f"{kind}: {done.stderr}")
     info = json.loads((run_dir / "run.json").read_text())

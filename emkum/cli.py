@@ -732,7 +732,7 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         kind = type(error).__name__
         if kind == "OutOfMemoryError":
-            way_out = "extract: a smaller --batch-size; train: --chunk N, --activation-checkpointing or --set training.batch=N"
+            way_out = "extract: a smaller --batch-size; train: --chunk N, --activation-checkpointing, a smaller batch"
             return _fail(f"OutOfMemory: {str(error).splitlines()[0]} | {way_out}", UsageError.exit_code)
         if hasattr(error, "format_message"):  # Typer's own: a mistyped option, a missing argument
             if kind == "NoArgsIsHelpError":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ class CountedStore(LocalStore):
         super().__init__(folder)
         self.reads: list[tuple[str, int, int]] = []
         self.under_way = self.most_at_once = 0
+        self.lock = threading.Lock()
         self.pause: threading.Barrier | None = None
         if far:
             self.local = None
@@ -47,8 +49,9 @@ class CountedReader:
         self._file.expect_random()
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
-        self._store.under_way += 1
-        self._store.most_at_once = max(self._store.most_at_once, self._store.under_way)
+        with self._store.lock:
+            self._store.under_way += 1
+            self._store.most_at_once = max(self._store.most_at_once, self._store.under_way)
         try:
             if self._store.pause is not None:
                 self._store.pause.wait(30)
@@ -56,7 +59,8 @@ class CountedReader:
             self._store.reads.append((self._path, offset, count))
             return count
         finally:
-            self._store.under_way -= 1
+            with self._store.lock:
+                self._store.under_way -= 1
 
 
 @pytest.fixture(scope="module", params=["float16", "int8"])
@@ -238,11 +242,13 @@ def test_a_file_that_was_closed_is_opened_again_and_its_index_is_not_read_again(
     store.reads.clear()
     assert np.array_equal(field.read(np.array([16])), expected[1])
     assert np.array_equal(field.read(np.array([0])), expected[0])
+    marks, rows = ([read for read in store.reads if (read[2] == 4) == small] for small in (True, False))
     size = expected[0].nbytes
-    assert store.reads == [
+    assert rows == [
         (f"{TOKENS}/values/c.1.0.0.0", 0, size),
         (f"{TOKENS}/values/c.0.0.0.0", 0, size),
     ]
+    assert len(marks) == 8  # a few checksums, by which the file is known to be the one that was opened before
 
 
 @pytest.mark.usefixtures("unmapped")
@@ -258,6 +264,84 @@ def test_a_file_that_is_replaced_by_a_shorter_one_between_two_reads_is_refused(
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CorruptCache, match="bytes, its receipt says"):
         field.read(np.array([0]))
+
+
+@pytest.mark.usefixtures("unmapped")
+@pytest.mark.parametrize("verify", ["first", "always"])
+def test_a_file_that_another_took_the_place_of_after_it_was_closed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: Any
+) -> None:
+    monkeypatch.setattr(reader, "MAX_OPEN_SHARDS", 1)
+    place = make_cache(tmp_path / "cache", val_pictures=0).path
+    field = Cache.open(place, verify=verify).field(TOKENS)
+    field.read(np.array([0]))
+    field.read(np.array([16]))  # closes the first
+    first, second = (place / TOKENS / f"values/c.{block}.0.0.0" for block in (0, 1))
+    first.rename(tmp_path / "kept")
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(CorruptCache, match="it may be the object of another block"):
+        field.read(np.array([0]))
+
+
+def test_where_files_cannot_be_mapped_they_are_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    field = Cache.open(path).field(TOKENS)
+    expected = Cache.open(path).field(TOKENS).read(np.arange(160))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr(shard_files.mmap, "mmap", refuse)
+    assert np.array_equal(field.read(np.arange(160)), expected)
+    assert np.array_equal(field.read(np.arange(160)), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_threads_that_read_survive_a_fork(path: Path) -> None:
+    field, threads = Cache.open(path).field(TOKENS), ReadThreads(3)
+    expected = field.read(np.arange(160), threads=threads)
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        os._exit(0 if np.array_equal(field.read(np.arange(160), threads=threads), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_memory_of_another_shape_or_type_is_refused(path: Path) -> None:
+    field = Cache.open(path).field(TOKENS)
+    for out in (np.empty((2, *field.row_shape), field.storage), np.empty((3, *field.row_shape), np.float64)):
+        with pytest.raises(AssertionError):
+            field.read(np.arange(3), out=out)
+
+
+@pytest.mark.parametrize("damage", ["gone", "short"])
+def test_an_unsharded_object_that_is_damaged_after_it_was_checked_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(reader, "PLAIN_SHARE", 1e-12)
+    name = "teacher/tinyvit/image/cls"
+    place = make_cache(tmp_path / "cache", val_pictures=0).path
+    field = Cache.open(place).field(name)
+    field.values(np.arange(40))
+    broken = place / name / "values/c.0.0.0"
+    if damage == "gone":
+        broken.unlink()
+    else:
+        broken.write_bytes(broken.read_bytes()[:-1])
+    with pytest.raises(CorruptCache, match="its receipt says"):
+        field.values(np.array([3]))
+
+
+def test_always_means_unsharded_arrays_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "PLAIN_SHARE", 1e-12)
+    name = "teacher/tinyvit/image/cls"
+    place = make_cache(tmp_path / "cache", val_pictures=0).path
+    field = Cache.open(place, verify="always").field(name)
+    field.values(np.arange(40))
+    broken = place / name / "values/c.0.0.0"
+    broken.write_bytes(bytes([broken.read_bytes()[0] ^ 1]) + broken.read_bytes()[1:])
+    with pytest.raises(CorruptCache):
+        field.values(np.array([3]))
 
 
 def test_unsharded_arrays_beyond_the_limit_are_read_row_by_row_from_checked_files(
@@ -315,7 +399,7 @@ def test_near_rows_of_an_object_store_are_one_request_and_far_ones_are_not(
     monkeypatch.setattr(shard_files, "REMOTE_READ_BYTES", 8 * stride)
     store.reads.clear()
     field.read(np.arange(16))
-    assert max(count for _, _, count in store.reads) <= 8 * stride
+    assert sorted(count for _, _, count in store.reads) == [8 * stride, 8 * stride]
 
 
 def test_requests_to_an_object_store_are_under_way_together(path: Path) -> None:

@@ -33,7 +33,8 @@ def test_the_warning_names_steps_figures_cause_and_flag() -> None:
     assert warning(after(20, 5, read=150, busy=15), SETTING, 11, 60) == (
         "warning: steps 11 to 60 waited for data 25 % of the time; the loader gave 100 rows/s, 30.0 MB/s. Its threads "
         "(8) waited for storage: 10 % of the reading on a processor, 90 % on storage. To change it: --threads 16; or "
-        "--shuffle blocks on a hard disk or network volume; or fewer bytes a row: extract with --storage int8, or with "
+        "--shuffle blocks, in a new run, on a hard disk or network volume; or fewer bytes a row: extract with "
+        "--storage int8, or with "
         "--store-inputs crops"
     )
 

@@ -232,6 +232,7 @@ class Field:
         require_fingerprint(store, self.receipts.values(), record["fingerprint_digest"])
         self._statistics: dict[str, np.ndarray] = {}
         self._shards: dict[tuple[int, int], Shard] = {}
+        self.reads_in_order = False  # whether blocks are read front to back: then the system may read ahead
         self._is_mapped = files.verify != "always" and self.num_bytes <= MAPPED_SHARE * machine_memory_bytes()
 
     @property
@@ -332,6 +333,8 @@ class Field:
         views = np.broadcast_to(np.asarray(view, dtype=np.int64), rows.shape)
         if out is None:
             out = np.empty((len(rows), *self.row_shape), dtype=self.storage)
+        shape = (len(rows), *self.row_shape)
+        assert out.shape == shape and out.dtype == self.storage, (out.shape, out.dtype, shape, self.storage)  # noqa: PT018
         if not self.spec.sharded:
             self._read_plain("values", rows, views, out)
         elif out.flags.c_contiguous:
@@ -405,7 +408,8 @@ class Field:
         array = self.spec.array(name)
         path = object_path(self.spec, array, receipt.block, receipt.view)
         block = self._plain.get(self.name, path)
-        if block is None and self._plain.was_checked(self.name, path) and 8 * len(local) < self._rows_per_block:
+        trusted = self._files.verify != "always" and self._plain.was_checked(self.name, path)
+        if block is None and trusted and 8 * len(local) < self._rows_per_block:
             return self._rows_from_file(array, path, _stated(receipt, path), local)
         if block is None:
             data = _read_whole(self._store, path, _stated(receipt, path).bytes, _stated(receipt, path).sha256)
@@ -417,7 +421,12 @@ class Field:
 
     def _rows_from_file(self, array: ArraySpec, path: str, stated: CommittedObject, local: np.ndarray) -> np.ndarray:
         """Rows of a block that was checked as a whole, and for which there is no room in memory."""
-        file = self._store.open(path)
+        try:
+            file = self._store.open(path)
+        except FileNotFoundError as error:
+            raise CorruptCache(
+                f"object {self._store.where(path)} is missing, its receipt says {stated.bytes} bytes", REPAIR
+            ) from error
         rows = np.empty((len(local), *array.row_shape), np.dtype(array.dtype).newbyteorder("<"))
         for i, row in enumerate(local.tolist()):
             piece = rows[i : i + 1].reshape(-1).view(np.uint8).data
@@ -500,7 +509,8 @@ class Field:
             receipt, array = self._receipt(row, view), self.spec.array("values")
             path = object_path(self.spec, array, receipt.block, view)
             grid = self._rows_per_block, array.tiles
-            shard = Shard(self._files, path, _stated(receipt, path), grid, array.inner_bytes, self._is_mapped)
+            stated, in_order = _stated(receipt, path), self.reads_in_order
+            shard = Shard(self._files, path, stated, grid, array.inner_bytes, self._is_mapped, in_order)
             for quarantined in receipt.quarantined:
                 local = quarantined.row % self._rows_per_block
                 shard.places[local * array.tiles : (local + 1) * array.tiles] = MISSING

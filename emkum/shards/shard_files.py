@@ -57,40 +57,47 @@ class Shard:
         grid: tuple[int, int],
         chunk_bytes: int,
         map_it: bool,
+        in_order: bool = False,
     ) -> None:
         self.path, self.grid, self.chunk_bytes = path, grid, chunk_bytes
-        self._stated, self._map_it = stated, map_it
+        self._stated, self._map_it, self._in_order = stated, map_it, in_order
         self.file: RangeReader | None = None
         self.mapped: np.ndarray | None = None  # uint8, the whole file
+        self._marks: tuple[tuple[int, int], ...] = ()  # offset and checksum of those that every opened file must bear
         file = files.file(self)
         self.places = self._read_index(file, files.where(path))  # uint32 [chunk]: its number in the file, or MISSING
         self.checked = np.zeros(len(self.places), dtype=bool)
-        for number, crc in stated.marks:
-            self._require_mark(file, files.where(path), number, crc)
+        self._marks = tuple((self._mark_offset(files.where(path), *mark), mark[1]) for mark in stated.marks)
+        self._require_marks(file, files.where(path))
 
     def open(self, store: Store) -> RangeReader:
-        """Raises CorruptCache where the object is gone or has another length than its receipt says."""
+        """Raises CorruptCache where the object is gone, or is not the one that the receipt states."""
         try:
             file = store.open(self.path)
         except FileNotFoundError as error:
             raise CorruptCache(
                 f"object {store.where(self.path)} is missing, its receipt says {self._stated.bytes} bytes", REPAIR
             ) from error
-        file.expect_random()
+        if not self._in_order:
+            file.expect_random()
         if file.size != self._stated.bytes:
             raise CorruptCache(
                 f"object {store.where(self.path)} has {file.size} bytes, its receipt says {self._stated.bytes}", REPAIR
             )
+        self._require_marks(file, store.where(self.path))  # another may lie there by now
         return file
 
     def map(self, store: Store) -> np.ndarray | None:
         """The file as memory, if it is to be read so."""
         if not self._map_it or store.local is None:
             return None
-        with open(store.local / self.path, "rb") as file:
-            if os.fstat(file.fileno()).st_size != self._stated.bytes:  # reading past its end would kill us
-                return None
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+        try:
+            with open(store.local / self.path, "rb") as file:
+                if os.fstat(file.fileno()).st_size != self._stated.bytes:  # reading past its end would kill us
+                    return None
+                return np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+        except OSError:  # a file system, or a limit, that allows none: rows are read instead
+            return None
 
     def _read_index(self, file: RangeReader, where: str) -> np.ndarray:
         size = self._stated.bytes
@@ -109,19 +116,25 @@ class Shard:
             raise CorruptCache(f"the index of {where} has gaps between its chunks", REPAIR)
         return np.where(present, starts // stride, MISSING).astype(np.uint32)
 
-    def _require_mark(self, file: RangeReader, where: str, number: int, crc: int) -> None:
-        """One chunk bears the checksum that the receipt states: the file was not swapped with another."""
-        found = bytearray(4)
+    def _mark_offset(self, where: str, number: int, crc: int) -> int:
+        """Where the checksum of a chunk lies that the receipt states."""
         place = int(self.places[number]) if number < len(self.places) else MISSING
-        offset = place * (self.chunk_bytes + 4) + self.chunk_bytes
-        if place == MISSING or file.read_into([memoryview(found)], offset) != 4:
+        if place == MISSING:
             raise CorruptCache(f"{where} lacks chunk {number}, which its receipt states", REPAIR)
-        if struct.unpack("<I", found)[0] != crc:
-            raise CorruptCache(
-                f"{where}: chunk {number} has checksum {struct.unpack('<I', found)[0]:08x}, the receipt states "
-                f"{crc:08x}: it may be the object of another block",
-                REPAIR,
-            )
+        return place * (self.chunk_bytes + 4) + self.chunk_bytes
+
+    def _require_marks(self, file: RangeReader, where: str) -> None:
+        """A few chunks bear the checksums that the receipt states: the file was not swapped with another."""
+        for offset, crc in self._marks:
+            found = bytearray(4)
+            if file.read_into([memoryview(found)], offset) != 4:
+                raise CorruptCache(f"{where} ended inside a chunk at {offset}", REPAIR)
+            if int.from_bytes(found, "little") != crc:
+                raise CorruptCache(
+                    f"{where}: the chunk before byte {offset} has checksum {int.from_bytes(found, 'little'):08x}, the "
+                    f"receipt states {crc:08x}: it may be the object of another block",
+                    REPAIR,
+                )
 
 
 class ShardFiles:
@@ -129,13 +142,13 @@ class ShardFiles:
 
     def __init__(self, store: Store, limit: int, verify: Verify = "first") -> None:
         self.store, self.verify, self._limit = store, verify, limit
+        self._opened: deque[Shard] = deque()
+        self._remote: ReadThreads | None = None
         self.renew_after_fork()
         RENEWED.add(self)
 
     def renew_after_fork(self) -> None:
         self._lock = threading.Lock()
-        self._opened: deque[Shard] = deque()
-        self._remote: ReadThreads | None = None
 
     def where(self, path: str) -> str:
         return self.store.where(path)
@@ -186,7 +199,11 @@ class ReadThreads:
         self.number = number
         self.seconds = 0.0
         self.busy_seconds = 0.0
-        self._pool = ThreadPoolExecutor(number, thread_name_prefix="emkum-read")
+        self.renew_after_fork()
+        RENEWED.add(self)
+
+    def renew_after_fork(self) -> None:
+        self._pool = ThreadPoolExecutor(self.number, thread_name_prefix="emkum-read")
         self._lock = threading.Lock()
 
     def share(self, work: Callable[[int, int], None], count: int) -> None:
@@ -211,7 +228,7 @@ class ReadThreads:
                 self.busy_seconds += time.thread_time() - began_busy
 
     def close(self) -> None:
-        """Ends the threads without waiting for one that hangs."""
+        """Ends the threads without waiting for one that hangs; only the end of the interpreter waits for it."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -235,7 +252,7 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(frozen=True)
 class Chunks:
-    """Chunks to read, all of one size, ascending by shard and within it by place: the i-th lies at places[i] of
+    """Chunks to read, all of one size, ascending by shard and within it by number: the i-th lies at places[i] of
     shards[shard_of[i]], is chunk numbers[i] of it, and goes to byte targets[i] of the output.
     """
 
@@ -275,10 +292,16 @@ def _groups(shard_of: np.ndarray, places: np.ndarray, stride: int, local: bool) 
     step = np.diff(places)
     apart = (np.diff(shard_of) != 0) | (step > far) | (step < 1)
     edges = [0, *(np.flatnonzero(apart) + 1).tolist(), len(places)]
-    most = MAX_BUFFERS // 3 if local else max(1, min(MAX_BUFFERS // 3, REMOTE_READ_BYTES // (stride * far)))
-    return [
-        (first, min(first + most, end)) for start, end in itertools.pairwise(edges) for first in range(start, end, most)
-    ]
+    span = len(places) if local else max(1, REMOTE_READ_BYTES // stride)  # places that one request may reach over
+    groups = []
+    for start, end in itertools.pairwise(edges):
+        first, spots = start, places[start:end]
+        while first < end:
+            reach = start + int(np.searchsorted(spots, places[first] + span))
+            stop = min(end if local else reach, first + MAX_BUFFERS // 3)
+            groups.append((first, stop))
+            first = stop
+    return groups
 
 
 def _read_group(files: ShardFiles, shard: Shard, chunks: list[tuple[int, int, int]], out: np.ndarray) -> None:
@@ -319,8 +342,10 @@ def _read_group(files: ShardFiles, shard: Shard, chunks: list[tuple[int, int, in
 def machine_memory_bytes() -> int:
     """Memory of this machine, or of the container that this process is in."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        with open("/sys/fs/cgroup/memory.max") as file:
-            return min(found, int(file.read()))
-    except (OSError, ValueError):
-        return found
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups, version 2 and 1
+        try:
+            with open(f"/sys/fs/cgroup/{limit}") as file:
+                found = min(found, int(file.read()))
+        except (OSError, ValueError):  # none, or "max"
+            continue
+    return found

@@ -108,7 +108,7 @@ class LiveSource(CachedSource):
             for place, (row, view) in enumerate(zip(rows.image_rows_B.tolist(), rows.views_B.tolist(), strict=True)):
                 crops[place] = torch.from_numpy(self._crop(row, view))
         if self.ids is not None and rows.text_rows_B is not None:
-            ids, lengths = self._read_ids(rows.text_rows_B)
+            ids, lengths = self._read_ids(rows.text_rows_B, buffers)
         return HostBatch(rows, Stored(crops) if crops is not None else None, ids, lengths, None, buffers)
 
     def prepare(self, host: HostBatch, device: torch.device) -> Batch:

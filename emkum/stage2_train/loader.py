@@ -37,10 +37,11 @@ LOOK_UP_SECONDS = 0.2  # how often a loader that waits looks up
 
 @dataclass(frozen=True)
 class Stored:
-    """Numbers as the cache stores them, on the host; `scale` for int8 only."""
+    """Numbers as the cache stores them, on the host; `scale` for int8 only. longest: positions used of texts."""
 
     values: Tensor
     scale: Tensor | None = None
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,10 @@ class BatchSource(Protocol):
         """A batch of these rows will be read soon."""
         ...
 
+    def close(self) -> None:
+        """Nothing will be read any more."""
+        ...
+
     def read(self, rows: BatchRows, buffers: Buffers) -> HostBatch:
         """The batch on the host. Called from several threads at once."""
         ...
@@ -181,6 +186,7 @@ class CachedSource:
         self.pooled = PooledTargets(self.targets, table) if pooled and self.targets and table else None
         self._statistics: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._queued: dict[torch.device, torch.cuda.Event] = {}  # all steps up to the one before the last batch
 
     def expect(self, rows: BatchRows) -> None:
         for mixed in self._mixed.values():
@@ -194,18 +200,20 @@ class CachedSource:
         if self.inputs is not None and rows.image_rows_B is not None:
             inputs = self._read_stored(self.inputs, rows, "inputs", buffers)
         if self.ids is not None and rows.text_rows_B is not None:
-            ids, lengths = self._read_ids(rows.text_rows_B)
+            ids, lengths = self._read_ids(rows.text_rows_B, buffers)
         if self.targets is not None:
             targets = self._read_targets(self.targets, rows, lengths, buffers)
         return HostBatch(rows, inputs, ids, lengths, targets, buffers)
 
-    def _read_ids(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _read_ids(self, rows: np.ndarray, buffers: Buffers) -> tuple[Tensor, Tensor]:
         """int64 ids trimmed to the longest text of the batch, and the lengths."""
         assert self.ids is not None
-        lengths = self.ids.lengths(rows)
+        lengths = buffers.tensor("lengths", (len(rows),), torch.int64)
+        lengths.numpy()[:] = self.ids.lengths(rows)
         longest = max(1, int(lengths.max()))
-        ids = self.ids.read(rows)[:, :longest].astype(np.int64)
-        return torch.from_numpy(ids), torch.from_numpy(lengths.astype(np.int64))
+        ids = buffers.tensor("ids", (len(rows) * longest,), torch.int64).view(len(rows), longest)
+        ids.numpy()[:] = self.ids.read(rows)[:, :longest]
+        return ids, lengths
 
     def all_targets(self) -> Tensor:
         assert self.pooled is not None
@@ -217,14 +225,14 @@ class CachedSource:
             return None
         if self.pooled is not None:
             assert rows.views_B is not None
-            return Stored(torch.from_numpy(self.pooled.take(wanted, rows.views_B)))
+            pooled = buffers.tensor("targets", (len(wanted), *field.row_shape), self.pooled.dtype)
+            self.pooled.take(wanted, rows.views_B, pooled.numpy())
+            return Stored(pooled)
         stored = self._read_stored(field, rows, "targets", buffers)
         if field.space == "image":
             return stored
         assert lengths is not None
-        longest = int(lengths.max())
-        scale = stored.scale[:, :longest] if stored.scale is not None else None
-        return Stored(stored.values[:, :longest], scale)
+        return dataclasses.replace(stored, longest=int(lengths.max()))
 
     def _read_stored(self, field: Field, rows: BatchRows, name: str, buffers: Buffers) -> Stored:
         wanted, views = _rows_in(field, rows)
@@ -241,6 +249,13 @@ class CachedSource:
         field.read_scale(wanted, views, out=scale.numpy())
         return Stored(values, scale)
 
+    def close(self) -> None:
+        """Ends its threads, and frees the blocks it holds."""
+        for mixed in self._mixed.values():
+            mixed.close()
+        if self.reading is not None:
+            self.reading.close()
+
     def prepare(self, host: HostBatch, device: torch.device) -> Batch:
         if device.type != "cuda":
             return self._with_prefix(self._moved(host, device))
@@ -249,6 +264,10 @@ class CachedSource:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         copies = self._streams[device]
+        if device in self._queued:  # no more than two batches ahead of the steps, or memory fills with them
+            copies.wait_event(self._queued[device])
+        self._queued[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._queued[device].record(compute)
         with torch.cuda.stream(copies):
             batch = self._moved(host, device)
         compute.wait_stream(copies)
@@ -290,11 +309,12 @@ class CachedSource:
 
     def _decode(self, field: Field, stored: Stored, device: torch.device) -> Tensor:
         """float32 on the device: value = (stored * scale) * std + mean for int8 (docs/format.md, section 4)."""
-        values = _to(stored.values, device)
+        values = _to(stored.values, device)[:, : stored.longest]  # whole, as pinned memory is only copied in one piece
         if stored.scale is None:
             return values.float()
+        scale = _to(stored.scale, device)[:, : stored.longest]
         mean, std = self._channel_statistics(field, device)
-        return self.decode(values, _to(stored.scale, device), mean, std)
+        return self.decode(values, scale, mean, std)
 
     def _channel_statistics(self, field: Field, device: torch.device) -> tuple[Tensor, Tensor]:
         key = (field.name, device)
@@ -319,10 +339,17 @@ class PooledTargets:
                 self.values_NVD[start : start + len(rows), view] = values
             field.forget_plain()  # what was read lies in values_NVD now
 
-    def take(self, rows_B: np.ndarray, views_B: np.ndarray) -> np.ndarray:
-        """[B, D] of the rows in those views."""
-        taken: np.ndarray = self.values_NVD[np.searchsorted(self.rows_N, rows_B), views_B]
-        return taken
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16 if self.values_NVD.dtype == np.float16 else torch.float32
+
+    def take(self, rows_B: np.ndarray, views_B: np.ndarray, out_BD: np.ndarray) -> None:
+        """Fills [B, D] with the rows in those views."""
+        places_B = np.minimum(np.searchsorted(self.rows_N, rows_B), len(self.rows_N) - 1)
+        assert np.array_equal(self.rows_N[places_B], rows_B), "rows that the table does not have"
+        num_views = self.values_NVD.shape[1]
+        flat_MD = self.values_NVD.reshape(-1, self.values_NVD.shape[-1])
+        flat_MD.take(places_B * num_views + views_B, axis=0, out=out_BD, mode="clip")
 
 
 def _rows_in(field: Field, rows: BatchRows) -> tuple[np.ndarray | None, np.ndarray | int]:

@@ -9,16 +9,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emkum.shards.shard_files import RENEWED
+from emkum.stage2_train.order import look_ahead
+
 if TYPE_CHECKING:
     from emkum.shards.reader import Field
 
-SPARE_BLOCKS = 3  # beside the window: the one that comes in, the one that goes out, the one expected next
+SPARE_BLOCKS = 2  # beside those that batches are drawn from: the one that comes in and the one that goes out
 BLOCKS_AT_ONCE = 2  # read side by side
 
 
-def blocks_held(window: int, rows_per_block: int, batch: int, prefetch: int) -> int:
-    """Blocks that must be in memory together so that each is read once: mixed ones, and those of batches read ahead."""
-    return window + SPARE_BLOCKS + (prefetch + 1) * batch // rows_per_block
+def blocks_held(window: int, rows_per_block: int, batch: int) -> int:
+    """Blocks that must be in memory together so that each is read once.
+
+    Between the step that a block is expected at and the one that takes it, as many batches come and go on both sides.
+    """
+    steps = 1 + 2 * look_ahead(rows_per_block, batch)
+    return window + SPARE_BLOCKS + -(-steps * batch // rows_per_block)
 
 
 class MixingBuffer:
@@ -29,10 +36,15 @@ class MixingBuffer:
 
     def __init__(self, field: Field, rows_per_block: int, capacity: int) -> None:
         self.field, self._rows_per_block, self._capacity = field, rows_per_block, capacity
+        field.reads_in_order = True
+        self.blocks_read = 0
+        self.renew_after_fork()
+        RENEWED.add(self)
+
+    def renew_after_fork(self) -> None:
         self._lock = threading.Lock()
         self._blocks: OrderedDict[tuple[int, int], Future[tuple[np.ndarray, np.ndarray]]] = OrderedDict()
         self._pool = ThreadPoolExecutor(BLOCKS_AT_ONCE, thread_name_prefix="emkum-blocks")
-        self.blocks_read = 0
 
     def expect(self, rows: np.ndarray, views: np.ndarray | int) -> None:
         """Begins to read the blocks of these rows."""
@@ -58,7 +70,7 @@ class MixingBuffer:
         return self._capacity * self._rows_per_block * self.field.spec.array("values").row_bytes
 
     def close(self) -> None:
-        """Frees the memory; a read that hangs is not waited for."""
+        """Frees the memory and ends the threads, without waiting for a read that hangs."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             self._blocks.clear()

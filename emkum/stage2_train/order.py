@@ -105,8 +105,8 @@ class TrainOrder:
 
     @property
     def look_ahead(self) -> int:
-        """Steps before a batch at which its blocks should begin to be read: those that one block lasts."""
-        return -(-self.shuffle.rows_per_block // self.batch) if self.shuffle.mode == "blocks" else 0
+        """Steps before a batch at which its blocks should begin to be read."""
+        return look_ahead(self.shuffle.rows_per_block, self.batch) if self.shuffle.mode == "blocks" else 0
 
     def rows(self, step: int) -> BatchRows:
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -150,8 +150,8 @@ class TrainOrder:
     def _mixed_blocks(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """(units in order, view of each): blocks one after another, every unit delayed by up to a window of units.
 
-        What is delayed past the end of the epoch comes at its start, so that every batch is as mixed as any other; the
-        last window of blocks is read twice for it.
+        So a block is needed for one window, once an epoch. The first and last batches of an epoch, while the window
+        fills and empties, are drawn from fewer blocks: the first from some two.
         """
         units = np.arange(self.units)
         rows = self.table.image_rows_N if self.table.image_rows_N is not None else self.table.text_rows_M
@@ -164,9 +164,14 @@ class TrainOrder:
             order = random.permutation(self.units)
         else:
             window = self.shuffle.window * self.units / len(blocks)
-            order = stream[np.argsort((units + window * random.random(self.units)) % self.units, kind="stable")]
+            order = stream[np.argsort(units + window * random.random(self.units), kind="stable")]
         views = random.integers(self.table.num_views, size=len(blocks))
         return order, views[block_of[order]]
+
+
+def look_ahead(rows_per_block: int, batch: int) -> int:
+    """Steps that one block lasts."""
+    return -(-rows_per_block // batch)
 
 
 def rank_part(batch: int, rank: int, num_ranks: int) -> range:

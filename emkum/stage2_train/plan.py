@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from emkum.errors import UsageError
 from emkum.models.network import Network, load_saved
 from emkum.models.passes import FrozenPass, Wanted, chosen_device, good_compute
 from emkum.shards.reader import Cache
-from emkum.shards.shard_files import VERIFY, ReadThreads, Verify
+from emkum.shards.shard_files import VERIFY, ReadThreads, Verify, machine_memory_bytes
 from emkum.stage2_train.live import LiveSource
 from emkum.stage2_train.loader import BatchSource, CachedSource, Prefix
 from emkum.stage2_train.losses import Terms, bank_in_words, make_bank
-from emkum.stage2_train.mixing import blocks_held
+from emkum.stage2_train.mixing import SPARE_BLOCKS, blocks_held
 from emkum.stage2_train.order import Shuffle, TrainOrder
 from emkum.stage2_train.recipe import (
     FieldNames,
@@ -160,7 +161,8 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
     if config.live:
         source = LiveSource(cache, names, table, device, config.data, precision=compute, threads=config.threads)
     else:
-        held = blocks_held(shuffle.window, cache.rows_per_block, order.batch, config.prefetch) if shuffle.window else 0
+        held = blocks_held(shuffle.window, cache.rows_per_block, order.batch) if shuffle.window else 0
+        _require_memory(cache, names, held)
         source = CachedSource(cache, names, table, prefix, threads=config.threads, held_blocks=held)
     terms = Terms(recipe, make_bank(recipe, table, source, target_width))
     identity = run_identity(recipe, cache, names, table, len(order), seed, compute, config.live, shuffle)
@@ -188,12 +190,12 @@ def _shuffle(
     config: TrainConfig, cache: Cache, names: FieldNames, before: Mapping[str, Any] | None
 ) -> tuple[Shuffle, str]:
     """How epochs are shuffled, and why: as asked, as the run was, or as suits the storage."""
-    blocks = Shuffle("blocks", cache.rows_per_block, config.mix_blocks or MIX_BLOCKS)
+    begun = Shuffle(**before["identity"].get("shuffle", {})) if before is not None else Shuffle()
+    blocks = Shuffle("blocks", cache.rows_per_block, config.mix_blocks or begun.window or MIX_BLOCKS)
     if config.shuffle != "auto":
         return (blocks, "as asked") if config.shuffle == "blocks" else (Shuffle(), "as asked")
     if before is not None:
-        begun = Shuffle(**before["identity"].get("shuffle", {}))
-        return (blocks if begun.mode == "blocks" and config.mix_blocks else begun), "as the run began"
+        return (blocks if begun.mode == "blocks" else begun), "as the run began"
     fields = [cache.field(name) for name in names.needed() if cache.field(name).spec.sharded]
     if config.live or not fields:
         return Shuffle(), ""
@@ -203,12 +205,29 @@ def _shuffle(
         return Shuffle(), ""
     largest = max(fields, key=lambda field: field.num_bytes)
     threads = ReadThreads(config.threads)
-    found = probe_storage(largest, threads)
-    threads.close()
+    try:
+        opened = functools.partial(Cache.open, cache.store, only=[largest.name], verify=config.verify)
+        found = probe_storage(lambda: opened().field(largest.name), threads)
+    finally:
+        threads.close()
     rates = f"the storage gives {found.single:,.0f} single rows a second, {found.in_order:,.0f} in order"
     if found.slow_at_single_rows:
         return blocks, f"{rates}; --shuffle rows overrides it"
     return Shuffle(), rates
+
+
+def _require_memory(cache: Cache, names: FieldNames, held_blocks: int) -> None:
+    """Raise UsageError where the blocks that are mixed would take more than half of the machine's memory."""
+    fields = [cache.field(name) for name in names.needed() if cache.field(name).spec.sharded]
+    block = sum(field.spec.array("values").row_bytes for field in fields) * cache.rows_per_block
+    limit = machine_memory_bytes() // 2
+    if held_blocks * block > limit:
+        raise UsageError(
+            f"mixing whole blocks would hold {held_blocks} of {block / 2**20:,.0f} MiB, "
+            f"{held_blocks * block / 2**30:.1f} GiB in all; half of this machine's memory is {limit / 2**30:.1f} GiB",
+            f"mix fewer: --shuffle blocks --mix-blocks N (N, and {SPARE_BLOCKS} or more beside them, are held); "
+            "or --shuffle rows",
+        )
 
 
 def _step_order(table: SampleTable, recipe: Recipe, seed: int, shuffle: Shuffle) -> TrainOrder:
@@ -312,6 +331,7 @@ def run_info(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, fr
         "device": str(plan.device),
         "device_name": torch.cuda.get_device_name(plan.device) if cuda else platform.processor() or platform.machine(),
         "live": plan.config.live,
+        "shuffle": {**plan.order.shuffle.to_json(), "why": plan.why_shuffle},
         "samples": plan.table.num_samples,
         "steps_per_epoch": plan.order.steps_per_epoch,
         "total_steps": len(plan.order),

@@ -122,7 +122,7 @@ def _group_captions(
     cache: Cache, split: str, image_rows: np.ndarray, text_rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pictures that have captions, their captions grouped by picture, and where each group starts."""
-    captions = cache.captions(split)
+    captions = cache.captions(split).select(["text_row", "image_row"])  # and not millions of strings with them
     paired = captions.filter(captions.column("image_row").is_valid())
     caption_rows = paired.column("text_row").to_numpy()
     image_of = paired.column("image_row").to_numpy()

@@ -139,6 +139,8 @@ def _cause(found: Delivered, setting: Setting) -> tuple[str, str]:
             return did, f"--threads {min(2 * setting.threads, setting.cores)}"
         return did, f"fewer bytes a row: {fewer}"
     did = f"waited for storage: {shares}"
-    more = [f"--threads {2 * setting.threads}"] if setting.threads < MANY_THREADS else []
-    more += ["--shuffle blocks on a hard disk or network volume"] if setting.shuffle != "blocks" else []
+    more = []
+    if setting.shuffle != "blocks":  # whole blocks are read one after another, by threads of their own
+        more += [f"--threads {2 * setting.threads}"] if setting.threads < MANY_THREADS else []
+        more += ["--shuffle blocks, in a new run, on a hard disk or network volume"]
     return did, "; or ".join([*more, f"fewer bytes a row: {fewer}"])

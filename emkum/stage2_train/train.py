@@ -117,6 +117,8 @@ def _session(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, sa
             return keeper.finish()
         except StorageFailure as error:
             raise StorageFailure(error.what, f"make room, then continue: {info['continue']}") from error
+        finally:
+            plan.source.close()
 
 
 class Distillation(LightningModule):
