@@ -337,8 +337,8 @@ def train(
         bool,
         typer.Option(
             "--compile",
-            help="Compile the student's blocks: faster steps after a first one that takes minutes. Needs a C++ "
-            "compiler; without one the run goes on as written.",
+            help="Compile the student's blocks, which takes minutes (no gain on CPUs, not measured on GPUs). Needs a "
+            "C++ compiler; without one the run goes on as written.",
         ),
     ] = False,
 ) -> None:
