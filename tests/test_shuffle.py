@@ -307,6 +307,9 @@ class _SlowReader:
     def expect_random(self) -> None:
         self._file.expect_random()
 
+    def expect(self, offset: int, num_bytes: int) -> None:
+        self._file.expect(offset, num_bytes)
+
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         with self._store.lock:
             count = self._file.read_into(buffers, offset)

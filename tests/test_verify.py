@@ -722,6 +722,9 @@ class BadSectors(LocalStore):
             def expect_random(_) -> None:  # noqa: N805
                 reader.expect_random()
 
+            def expect(_, offset: int, num_bytes: int) -> None:  # noqa: N805
+                reader.expect(offset, num_bytes)
+
             def read_into(_, buffers: Sequence[memoryview], offset: int) -> int:  # noqa: N805
                 self._refuse(path)
                 return reader.read_into(buffers, offset)

@@ -64,6 +64,9 @@ class _CheckedReader:
     def expect_random(self) -> None:
         self._reader.expect_random()
 
+    def expect(self, offset: int, num_bytes: int) -> None:
+        self._reader.expect(offset, num_bytes)
+
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         with self._store.one_file():
             return self._reader.read_into(buffers, offset)

@@ -478,16 +478,18 @@ class Field:
         edges = [0, *changes.tolist(), len(numbers)]
         starts = edges[:-1] if len(numbers) else []
         shards = self._opened([(int(rows[chunk_row[start]]), int(view_of[start])) for start in starts], threads)
-        places = np.empty(len(numbers), np.int64)
+        places, checked = np.empty(len(numbers), np.int64), np.empty(len(numbers), bool)
         for shard, start, stop in zip(shards, starts, edges[1:], strict=False):
             places[start:stop] = shard.places[numbers[start:stop]]
+            checked[start:stop] = shard.checked[numbers[start:stop]]
         absent = np.flatnonzero(places == MISSING)
         if len(absent):
             first = int(absent[0])
             self._refuse_absent(int(rows[chunk_row[first]]), int(view_of[first]), int(numbers[first]))
         shard_of = np.repeat(np.arange(len(shards)), np.diff(edges)) if shards else np.empty(0, np.int64)
         memory = out.reshape(-1).view(np.uint8)
-        read_chunks(self._files, Chunks(shards, shard_of, numbers, places, targets), memory, threads)
+        chunks = Chunks(shards, shard_of, numbers, places, targets, checked)
+        read_chunks(self._files, chunks, memory, threads)
 
     def _opened(self, rows: list[tuple[int, int]], threads: ReadThreads | None) -> list[Shard]:
         """The shard of each (row, view); the indices of those that are new are read by all threads together."""

@@ -335,6 +335,9 @@ class _RemoteReader:
     def expect_random(self) -> None:
         pass
 
+    def expect(self, offset: int, num_bytes: int) -> None:
+        pass
+
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         """One request for all buffers together, or several of PIECE_BYTES."""
         start, stop = offset, min(offset + sum(buffer.nbytes for buffer in buffers), self.size)

@@ -206,9 +206,12 @@ class ReadThreads:
         self._pool = ThreadPoolExecutor(self.number, thread_name_prefix="emkum-read")
         self._lock = threading.Lock()
 
-    def share(self, work: Callable[[int, int], None], count: int) -> None:
-        """Calls work(start, stop) for parts that make up range(count); raises the first failure, when all ended."""
-        parts = min(self.number, count)
+    def share(self, work: Callable[[int, int], None], count: int, most: int | None = None) -> None:
+        """Calls work(start, stop) for parts that make up range(count); raises the first failure, when all ended.
+
+        most: parts at most, for work that never waits.
+        """
+        parts = min(self.number, count, most or count)
         if parts <= 1:
             self._timed(work, 0, count)
             return
@@ -261,6 +264,18 @@ class Chunks:
     numbers: np.ndarray  # int64 [N]
     places: np.ndarray  # int64 [N]
     targets: np.ndarray  # int64 [N]
+    checked: np.ndarray  # bool [N]: whether its checksum was looked at before
+
+    def only(self, which: np.ndarray) -> Chunks:
+        """Those at these indices."""
+        return Chunks(
+            self.shards,
+            self.shard_of[which],
+            self.numbers[which],
+            self.places[which],
+            self.targets[which],
+            self.checked[which],
+        )
 
 
 def read_chunks(files: ShardFiles, chunks: Chunks, out: np.ndarray, threads: ReadThreads | None) -> None:
@@ -268,14 +283,20 @@ def read_chunks(files: ShardFiles, chunks: Chunks, out: np.ndarray, threads: Rea
 
     Raises CorruptCache for a chunk that fails its checksum.
     """
+    if files.verify != "always":
+        chunks = _copy_mapped(chunks, out, threads)
     if not len(chunks.numbers):
         return
     local = files.store.local is not None
-    groups = _groups(chunks.shard_of, chunks.places, chunks.shards[0].chunk_bytes + 4, local)
-    shard_of = chunks.shard_of.tolist()
-    wanted = list(zip(chunks.numbers.tolist(), chunks.places.tolist(), chunks.targets.tolist(), strict=True))
+    stride = chunks.shards[0].chunk_bytes + 4
+    groups = _groups(chunks.shard_of, chunks.places, stride, local)
+    shard_of, places = chunks.shard_of.tolist(), chunks.places.tolist()
+    wanted = list(zip(chunks.numbers.tolist(), places, chunks.targets.tolist(), strict=True))
 
     def read(start: int, stop: int) -> None:
+        for first, end in groups[start:stop] if local and stop - start > 1 else ():  # the disk has all of them to do
+            span = (places[end - 1] - places[first] + 1) * stride
+            files.file(chunks.shards[shard_of[first]]).expect(places[first] * stride, span)
         for first, end in groups[start:stop]:
             _read_group(files, chunks.shards[shard_of[first]], wanted[first:end], out)
 
@@ -284,6 +305,30 @@ def read_chunks(files: ShardFiles, chunks: Chunks, out: np.ndarray, threads: Rea
         read(0, len(groups))
     else:
         threads.share(read, len(groups))
+
+
+def _copy_mapped(chunks: Chunks, out: np.ndarray, threads: ReadThreads | None) -> Chunks:
+    """Copies the chunks that have been checked and lie in mapped memory; gives back the others."""
+    mapped = [shard.mapped for shard in chunks.shards]  # held here: another thread may close files meanwhile
+    is_mapped = np.array([memory is not None for memory in mapped], dtype=bool)
+    ready = chunks.checked & is_mapped[chunks.shard_of] if len(mapped) else chunks.checked
+    which = np.flatnonzero(ready)
+    if len(which):
+        size, stride = chunks.shards[0].chunk_bytes, chunks.shards[0].chunk_bytes + 4
+        shard_of = chunks.shard_of[which].tolist()
+        starts, targets = (chunks.places[which] * stride).tolist(), chunks.targets[which].tolist()
+
+        def copy(first: int, stop: int) -> None:
+            for i in range(first, stop):
+                memory = mapped[shard_of[i]]
+                assert memory is not None
+                out[targets[i] : targets[i] + size] = memory[starts[i] : starts[i] + size]
+
+        if threads is None:
+            copy(0, len(which))
+        else:
+            threads.share(copy, len(which), most=cores())
+    return chunks.only(np.flatnonzero(~ready)) if len(which) else chunks
 
 
 def _groups(shard_of: np.ndarray, places: np.ndarray, stride: int, local: bool) -> list[tuple[int, int]]:
@@ -308,11 +353,6 @@ def _read_group(files: ShardFiles, shard: Shard, chunks: list[tuple[int, int, in
     """chunks: (number, place in the file, place in `out`), ascending in the file."""
     size, stride = shard.chunk_bytes, shard.chunk_bytes + 4
     seen = files.verify != "always" and all(shard.checked[number] for number, _, _ in chunks)
-    mapped = shard.mapped  # may be closed by another thread at any moment
-    if seen and mapped is not None:
-        for _, place, target in chunks:
-            out[target : target + size] = mapped[place * stride : place * stride + size]
-        return
     check = files.verify == "always" or (files.verify == "first" and not seen)
     first = chunks[0][1] * stride
     end, buffers, stated = first, [], []
@@ -337,6 +377,11 @@ def _read_group(files: ShardFiles, shard: Shard, chunks: list[tuple[int, int, in
             )
     for number, _, _ in chunks:
         shard.checked[number] = True
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine_memory_bytes() -> int:

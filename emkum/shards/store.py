@@ -52,6 +52,9 @@ class RangeReader(Protocol):
     def expect_random(self) -> None:
         """Reads will come at places in no order: reading ahead of them would be wasted."""
 
+    def expect(self, offset: int, num_bytes: int) -> None:
+        """These bytes will be read in a moment: a disk may begin to fetch them."""
+
 
 class Store(Protocol):
     """A folder of objects. Paths are relative to it, with `/`.
@@ -232,6 +235,12 @@ class _LocalReader:
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # it is advice: some file systems take none
                 os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def expect(self, offset: int, num_bytes: int) -> None:
+        assert self._handle is not None
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._handle, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         assert self._handle is not None

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from emkum.errors import Interrupted, NonFiniteFeature, StorageFailure, UsageError
 from emkum.shards.durable import write_file
+from emkum.shards.shard_files import cores
 from emkum.stage2_train.loader import BatchLoader
 from emkum.stage2_train.losses import Journal, part_names
 from emkum.stage2_train.optimiser import peak_rate, rate
@@ -38,7 +39,7 @@ from emkum.stage2_train.run_folder import (
     write_info,
     write_student,
 )
-from emkum.stage2_train.starving import Delivered, Setting, Watch, cores, delivered
+from emkum.stage2_train.starving import Delivered, Setting, Watch, delivered
 from emkum.stage2_train.validation import Validator
 
 
