@@ -20,6 +20,7 @@ from emkum.shards.staging import PIECE_BYTES, Staging
 
 TEMPORARY_SUFFIX = ".tmp"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}  # answers to a write past the page cache
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # 0: the system has none
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -164,7 +165,7 @@ class DurableFile:
                 try:
                     piece = piece[os.write(self._handle, piece) :]
                 except OSError as error:
-                    if not self._direct or error.errno != errno.EINVAL:
+                    if not self._direct or error.errno not in _NOT_DIRECT:
                         raise
                     self._set_direct(False)  # after a write that was cut short; or the file system cannot after all
 

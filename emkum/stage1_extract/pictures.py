@@ -77,6 +77,7 @@ def from_tars(paths: Mapping[str, str], size: int) -> PictureSource:
 
 def from_crops(crops: Field) -> PictureSource:
     """Reads what a run from tars kept; what that could not decode has the reason it gave."""
+    crops.reads_in_order = True
     reasons = {(q.row, view): q.reason for (_, view), receipt in crops.receipts.items() for q in receipt.quarantined}
 
     def look(task: Task, pictures: Sequence[Picture]) -> list[Decoded]:
@@ -118,7 +119,7 @@ class PictureStream:
         self._store, self._tasks, self._source = store, tasks, source
         self._batch_size = batch_size
         self._at_once = batch_size if source.at_once else 1
-        self._window = 4 * batch_size // self._at_once + threads
+        self._window = -(-(4 * batch_size + threads) // self._at_once)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._tables: dict[int, pa.Table] = {}  # of the segment at hand
 

@@ -336,7 +336,11 @@ def make_plan(
     writer.clear_unfinished(claims)
     writer.require_segments()
     receipts = {name: writer.receipts(name) for name in fields}
-    _require_objects(found.store, receipts)
+    read = {}
+    if crops is not None:
+        crops = open_crops(found.store, config.side)  # again: of its blocks, too, some may have been cleared
+        read = {crops.name: crops.receipts}
+    _require_objects(found.store, receipts | read)
     names = {tar.name for tar in tars} | {os.path.basename(path) for path in found.known}
     if config.from_crops:
         names = {source.tar for segment in writer.segments for source in segment.sources}
@@ -780,9 +784,29 @@ def _with_crops(config: ExtractConfig, store: Store) -> str:
     words += [f"--teacher {teacher}" for teacher in config.teacher]
     words += [f"--encoder {config.encoder}"] if config.encoder not in (None, "none") else []
     words += ["--store-inputs crops"]
+    text_encoder = config.text_encoder or _text_encoder_of(store)
+    words += [f"--text-encoder {text_encoder}"] if text_encoder else []
+    words += [f"--targets {','.join(config.targets)}"] if config.targets else []
+    for flag, value, default in (
+        ("--name", config.name, None),
+        ("--storage", config.storage, ExtractConfig.storage),
+        ("--compute", config.compute, ExtractConfig.compute),
+        ("--max-tokens", config.max_tokens, ExtractConfig.max_tokens),
+    ):
+        words += [f"{flag} {value}"] if value != default else []
     words += [f"--size {size}"] if size not in (None, DEFAULT_SIZE) else []
     words += [f"--views {config.views}"] if config.views > 1 else []
     return " ".join(words)
+
+
+def _text_encoder_of(store: Store) -> str:
+    """What `--text-encoder` takes to find the network whose token ids the cache has; "" for none or several."""
+    records = [read_field_record(store, path) for path in field_record_paths(store)]
+    found = [record for record in records if record["kind"] == "ids"]
+    if len(found) != 1:
+        return ""
+    source = str(found[0]["environment"].get("source", ""))
+    return str(found[0]["field"]).split("/")[1] if not source or source.startswith("pypi:") else source
 
 
 def _segments_of(writer: CacheWriter, split: str, tars: Collection[str]) -> tuple[Segment, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import platform
 from collections.abc import Callable, Mapping
@@ -47,7 +48,8 @@ MIX_BLOCKS = 8
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One `emkum train`. Everything that can change the student is in recipe, overrides, seed, precision, live.
+    """One `emkum train`. Everything that can change the student is in recipe, overrides, seed, precision, live,
+    shuffle and mix_blocks.
 
     recipe None: what the cache's fields allow, or, on resume, the run's. seed None: 0, or the run's. precision
     "auto": bfloat16 where the device is good at it, else float32, or the run's. max_steps: a length in steps that
@@ -142,7 +144,7 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
     seed = config.seed if config.seed is not None else int(before["seed"]) if before else 0
 
     table = sample_table(cache, recipe, names, recipe.data.split, allow_partial=config.allow_partial)
-    shuffle, why_shuffle = _shuffle(config, cache, names, before)
+    shuffle, why_shuffle = _shuffle(config, cache, names, recipe.training.step_batch, before)
     order = _step_order(table, recipe, seed, shuffle)
     order.num_steps = recipe.training.epochs * order.steps_per_epoch
     if config.max_steps or before:
@@ -187,20 +189,25 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
 
 
 def _shuffle(
-    config: TrainConfig, cache: Cache, names: FieldNames, before: Mapping[str, Any] | None
+    config: TrainConfig, cache: Cache, names: FieldNames, batch: int, before: Mapping[str, Any] | None
 ) -> tuple[Shuffle, str]:
     """How epochs are shuffled, and why: as asked, as the run was, or as suits the storage."""
     begun = Shuffle(**before["identity"].get("shuffle", {})) if before is not None else Shuffle()
     blocks = Shuffle("blocks", cache.rows_per_block, config.mix_blocks or begun.window or MIX_BLOCKS)
-    if config.shuffle != "auto":
-        return (blocks, "as asked") if config.shuffle == "blocks" else (Shuffle(), "as asked")
+    if config.shuffle == "rows":
+        return Shuffle(), "as asked"
+    if config.shuffle == "blocks" or config.mix_blocks:
+        return blocks, "as asked"
     if before is not None:
-        return (blocks if begun.mode == "blocks" else begun), "as the run began"
+        return begun, "as the run began"
     fields = [cache.field(name) for name in names.needed() if cache.field(name).spec.sharded]
     if config.live or not fields:
         return Shuffle(), ""
-    if cache.store.local is None:
+    blocks = dataclasses.replace(blocks, window=_fitting_window(cache, names, MIX_BLOCKS, batch))
+    if cache.store.local is None and blocks.window:
         return blocks, "an object store answers many requests for single rows slowly; --shuffle rows overrides it"
+    if not blocks.window:
+        return Shuffle(), "blocks to mix would not fit into half of the memory"
     if not needs_probe(fields):
         return Shuffle(), ""
     largest = max(fields, key=lambda field: field.num_bytes)
@@ -216,11 +223,21 @@ def _shuffle(
     return Shuffle(), rates
 
 
+def _block_bytes(cache: Cache, names: FieldNames) -> int:
+    """Memory of one block of all fields that are mixed."""
+    fields = [cache.field(name) for name in names.needed() if cache.field(name).spec.sharded]
+    return sum(field.spec.array("values").row_bytes for field in fields) * cache.rows_per_block
+
+
+def _fitting_window(cache: Cache, names: FieldNames, most: int, batch: int) -> int:
+    """Blocks that can be mixed in half of the machine's memory, up to `most`; 0: not even one."""
+    held = machine_memory_bytes() // 2 // _block_bytes(cache, names)
+    return max(0, min(most, held - blocks_held(0, cache.rows_per_block, batch)))
+
+
 def _require_memory(cache: Cache, names: FieldNames, held_blocks: int) -> None:
     """Raise UsageError where the blocks that are mixed would take more than half of the machine's memory."""
-    fields = [cache.field(name) for name in names.needed() if cache.field(name).spec.sharded]
-    block = sum(field.spec.array("values").row_bytes for field in fields) * cache.rows_per_block
-    limit = machine_memory_bytes() // 2
+    block, limit = _block_bytes(cache, names), machine_memory_bytes() // 2
     if held_blocks * block > limit:
         raise UsageError(
             f"mixing whole blocks would hold {held_blocks} of {block / 2**20:,.0f} MiB, "
@@ -310,7 +327,8 @@ def run_info(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, fr
     """
     cuda = plan.device.type == "cuda"
     if before is None:
-        command = started = start_command(plan.config, plan.recipe, plan.seed, folder.dir)
+        decided = plan.order.shuffle if plan.why_shuffle else None
+        command = started = start_command(plan.config, plan.recipe, plan.seed, decided, folder.dir)
     else:
         command, started = continue_command(plan.config, folder.dir), before["command"]
     session = {"command": command, "from_step": from_step, "device": str(plan.device)}
@@ -378,7 +396,7 @@ def run_summary(plan: Plan, info: Mapping[str, Any], validator: Validator | None
         f"{order.steps_per_epoch} batches of {size} an epoch ({order.left_over} samples of each shuffle are "
         f"left over), {len(order)} steps in all",
     ]
-    if order.shuffle.mode == "blocks":
+    if order.shuffle.mode == "blocks" and not plan.config.live:
         gib = plan.source.mixing_bytes / 2**30
         lines.append(
             f"shuffled by whole blocks, {order.shuffle.window} of them mixed in {gib:.1f} GiB of memory "

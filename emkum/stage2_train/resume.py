@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import filecmp
 import hashlib
 import json
@@ -159,7 +160,7 @@ def resume_point(
     step = int(found["global_step"])
     if path != folder.last:
         copy_durably(path, folder.last)
-    elif found["emkum"]["best_step"] == step and not _same_bytes(folder.last, folder.best):
+    elif "unstepped" not in found and found["emkum"]["best_step"] == step and not _same_bytes(folder.last, folder.best):
         copy_durably(folder.last, folder.best)
     return ResumePoint(path, step, found["emkum"]["scored"], found["emkum"]["measured"])
 
@@ -202,8 +203,10 @@ def _same_bytes(one: Path, other: Path) -> bool:
     return other.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
-def start_command(config: TrainConfig, recipe: Recipe, seed: int, run_dir: Path) -> str:
-    """The command that starts this run again."""
+def start_command(config: TrainConfig, recipe: Recipe, seed: int, decided: Shuffle | None, run_dir: Path) -> str:
+    """The command that starts this run again. decided: the shuffle that was chosen by what it ran on."""
+    if decided is not None and config.shuffle == "auto":
+        config = dataclasses.replace(config, shuffle=decided.mode, mix_blocks=decided.window or None)
     words = ["emkum", "train", "--cache", str(config.cache), "--recipe", config.recipe or recipe.name]
     for override in config.overrides:
         words += ["--set", override]

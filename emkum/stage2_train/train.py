@@ -15,7 +15,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from emkum.errors import StorageFailure
-from emkum.shards.durable import sweep_temporaries
+from emkum.shards.durable import is_full, sweep_temporaries
 from emkum.stage2_train.compiled import compile_blocks
 from emkum.stage2_train.keeper import DurableCheckpoints, RunKeeper, RunResult, result_of
 from emkum.stage2_train.loader import Batch, BatchLoader, HostBatch
@@ -90,7 +90,7 @@ def _session(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, sa
         batches,
         plan.source,
         threads=plan.source.batches_at_once,
-        prefetch=config.prefetch,
+        prefetch=max(config.prefetch, plan.source.batches_at_once) if config.live else config.prefetch,
         pin=plan.device.type == "cuda",
     )
     module = Distillation(plan)
@@ -116,7 +116,8 @@ def _session(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, sa
             trainer.fit(module, loader, ckpt_path=point.path if point else None)
             return keeper.finish()
         except StorageFailure as error:
-            raise StorageFailure(error.what, f"make room, then continue: {info['continue']}") from error
+            way_out = "make room" if is_full(error) or not error.way_out else error.way_out
+            raise StorageFailure(error.what, f"{way_out}, then continue: {info['continue']}") from error
         finally:
             plan.source.close()
 
