@@ -97,14 +97,17 @@ class DurableFile:
         self.write_all(iter([memoryview(data).cast("B")]))
 
     def write_all(self, parts: Iterator[memoryview]) -> None:
-        """Writes the parts one after another; the next are drawn, in a thread, while those before are written."""
+        """Writes the parts one after another; the next are drawn, in a thread, while those before are written.
+
+        Raises StorageFailure; what drawing raises.
+        """
         assert self._handle is not None
         for piece in self._staging.pieces(parts):
             self._write_piece(piece)
         self.num_bytes = self._staging.num_bytes
 
     def commit(self) -> str:
-        """Syncs and renames. Returns the SHA-256 of the contents."""
+        """Syncs and renames. Returns the SHA-256 of the contents. Raises StorageFailure."""
         self._finish()
         digest = self._staging.hexdigest()
         with storage_errors(self.path):

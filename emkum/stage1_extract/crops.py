@@ -45,6 +45,7 @@ def chosen_size(store: Store, asked: int | None, makes_them: str) -> int:
 
 
 def open_crops(store: Store, size: int) -> Field:
+    """The crops of `size` pixels as the cache holds them now. Raises CorruptCache where their record is missing."""
     name = crops_spec(size).name
     return Cache.open(store, only=[name]).field(name)
 
