@@ -315,7 +315,7 @@ def train(
     ] = "auto",
     mix_blocks: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="How many blocks --shuffle blocks mixes; they are held in memory. Default: 8."),
+        typer.Option(help="How many blocks --shuffle blocks mixes, in memory; naming it chooses blocks. Default: 8."),
     ] = None,
     verify: Annotated[
         str,

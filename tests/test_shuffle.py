@@ -422,7 +422,7 @@ def test_blocks_that_do_not_fit_into_memory_are_refused_with_figures(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "machine_memory_bytes", lambda: 1 << 16)
-    with pytest.raises(UsageError, match=r"would hold 13 of 0 MiB, 0\.0 GiB in all; half of this machine's memory"):
+    with pytest.raises(UsageError, match=r"would hold 13 of 0\.0 MiB, 0\.0 GiB in all; half of this machine's memory"):
         train(replace(config, shuffle="blocks"), lambda line: None)
 
 

@@ -194,7 +194,7 @@ def _check_wanted(network: Network, want: Wanted) -> None:
     if want.what == "tokens" and not 0 <= want.cut <= network.depth:
         raise UnsupportedNetwork(
             f"cut {want.cut} of {network.name}, which has {network.depth} blocks",
-            f"choose --cut between 0 (patch embeddings) and {network.depth}",
+            f"choose a cut between 0 (patch embeddings) and {network.depth}",
         )
 
 

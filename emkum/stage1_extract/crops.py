@@ -39,7 +39,7 @@ def chosen_size(store: Store, asked: int | None, makes_them: str) -> int:
     if asked is not None and asked not in sizes:
         raise MissingField(
             f"{store.url} keeps crops of {listed}; this run asks for --size {asked}",
-            f"leave --size out, or make them from the tars: {makes_them}",
+            "leave --size out: crops of another size are other crops, and can only be made from the tars",
         )
     return sizes[0] if asked is None else asked
 

@@ -65,6 +65,8 @@ class SampleConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.rows == 0 and self.teacher:
+            raise UsageError("--teacher without --sample", "say how many rows to compute again: --sample 64")
         if self.rows < 1:
             raise UsageError(f"--sample {self.rows}", "give the number of rows to compute again, 1 or more")
         if not self.teacher:

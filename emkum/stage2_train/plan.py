@@ -44,6 +44,8 @@ Say = Callable[[str], None]
 Precision = Literal["auto", "float32", "bfloat16"]
 SHUFFLES = ("auto", "rows", "blocks")
 MIX_BLOCKS = 8
+MOST_THREADS = 256
+MOST_PREFETCH = 256
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,10 @@ class TrainConfig:
         told = mixed is None or self.shuffle != "rows"
         _require(told, f"--mix-blocks {mixed} with --shuffle rows", "it says how many blocks --shuffle blocks mixes")
         _require(self.verify in VERIFY, f"--verify {self.verify}", f"choose one of {', '.join(VERIFY)}")
-        _require(self.threads > 0, f"--threads {self.threads}", "give 1 or more")
-        _require(self.prefetch > 0, f"--prefetch {self.prefetch}", "give 1 or more")
+        _require(0 < self.threads <= MOST_THREADS, f"--threads {self.threads}", f"give 1 to {MOST_THREADS}")
+        _require(
+            0 < self.prefetch <= MOST_PREFETCH, f"--prefetch {self.prefetch}", f"give 1 to {MOST_PREFETCH} batches"
+        )
         _require(self.chunk >= 0, f"--chunk {self.chunk}", "give 1 or more samples, or 0 for the whole batch")
         _require(self.log_every > 0, f"--log-every {self.log_every}", "give 1 or more")
         minutes = self.checkpoint_minutes
@@ -240,7 +244,7 @@ def _require_memory(cache: Cache, names: FieldNames, held_blocks: int) -> None:
     block, limit = _block_bytes(cache, names), machine_memory_bytes() // 2
     if held_blocks * block > limit:
         raise UsageError(
-            f"mixing whole blocks would hold {held_blocks} of {block / 2**20:,.0f} MiB, "
+            f"mixing whole blocks would hold {held_blocks} of {block / 2**20:,.1f} MiB, "
             f"{held_blocks * block / 2**30:.1f} GiB in all; half of this machine's memory is {limit / 2**30:.1f} GiB",
             f"mix fewer: --shuffle blocks --mix-blocks N (N, and {SPARE_BLOCKS} or more beside them, are held); "
             "or --shuffle rows",
@@ -380,6 +384,15 @@ def _supervision(cache: Cache, names: FieldNames) -> dict[str, Any]:
     return found
 
 
+def _in_front(plan: Plan) -> str:
+    """What runs frozen in front of the student, for its summary."""
+    if not plan.names.live_prefix:
+        return ""
+    blocks = f"the first {plan.names.cut} blocks" if plan.names.cut else "the patch embedding"
+    left = "" if plan.student.image_blocks is not None else "; no block of its own is left for pictures"
+    return f"; pictures go through {blocks} of {plan.names.encoder}, frozen{left}"
+
+
 def run_summary(plan: Plan, info: Mapping[str, Any], validator: Validator | None) -> list[str]:
     """The lines printed before the first step."""
     recipe, table, order = plan.recipe, plan.table, plan.order
@@ -391,7 +404,7 @@ def run_summary(plan: Plan, info: Mapping[str, Any], validator: Validator | None
     dropped = f"; {table.dropped:,} more left out, as a field or a partner is lacking" if table.dropped else ""
     lines = [
         f"recipe {recipe.name}: {' + '.join(recipe.terms).replace('_', '-')}" + (f" ({plan.why})" if plan.why else ""),
-        f"reads {', '.join(plan.names.needed())}",
+        f"reads {', '.join(plan.names.needed())}{_in_front(plan)}",
         f"{table.split}: {units}{table.num_samples:,} {what}{views}{dropped}",
         f"{order.steps_per_epoch} batches of {size} an epoch ({order.left_over} samples of each shuffle are "
         f"left over), {len(order)} steps in all",
@@ -399,7 +412,7 @@ def run_summary(plan: Plan, info: Mapping[str, Any], validator: Validator | None
     if order.shuffle.mode == "blocks" and not plan.config.live:
         gib = plan.source.mixing_bytes / 2**30
         lines.append(
-            f"shuffled by whole blocks, {order.shuffle.window} of them mixed in {gib:.1f} GiB of memory "
+            f"shuffled by whole blocks, {order.shuffle.window} of them mixed in up to {gib:.2g} GiB of memory "
             f"({plan.why_shuffle})"
         )
     elif plan.why_shuffle:
@@ -409,7 +422,10 @@ def run_summary(plan: Plan, info: Mapping[str, Any], validator: Validator | None
     if validator is not None:
         lines.append(f"validated every {recipe.evaluation.every_epochs} epochs on {validator.on}")
     else:
-        lines.append(f"nothing to validate on in a split {recipe.evaluation.split!r}: the last student is the best")
+        split = recipe.evaluation.split
+        lacking = [name for name in plan.names.needed() if not len(plan.cache.field(name).rows(split))]
+        why = f" (it has no {' and no '.join(lacking)})" if split in plan.cache.splits and lacking else ""
+        lines.append(f"nothing to validate on in a split {split!r}{why}: the last student is the best")
     trainable = frozen = 0
     for part, counts in info["parameters"].items():
         lines.append(f"  {part:16} {counts['trainable']:>12,} trained {counts['frozen']:>12,} frozen")
