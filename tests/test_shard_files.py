@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forwarding import ForwardingReader
 from tiny_cache import make_cache
 
 from emkum.errors import CorruptCache, IncompleteCache
@@ -41,15 +42,10 @@ class CountedStore(LocalStore):
         return CountedReader(self, path, super().open(path))
 
 
-class CountedReader:
+class CountedReader(ForwardingReader):
     def __init__(self, store: CountedStore, path: str, file: RangeReader) -> None:
-        self._store, self._path, self._file, self.size = store, path, file, file.size
-
-    def expect_random(self) -> None:
-        self._file.expect_random()
-
-    def expect(self, offset: int, num_bytes: int) -> None:
-        self._file.expect(offset, num_bytes)
+        super().__init__(file)
+        self._store, self._path = store, path
 
     def read_into(self, buffers: Sequence[memoryview], offset: int) -> int:
         with self._store.lock:
@@ -58,7 +54,7 @@ class CountedReader:
         try:
             if self._store.pause is not None:
                 self._store.pause.wait(30)
-            count = self._file.read_into(buffers, offset)
+            count = super().read_into(buffers, offset)
             self._store.reads.append((self._path, offset, count))
             return count
         finally:

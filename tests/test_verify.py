@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forwarding import ForwardingReader
 from tiny_cache import make_cache
 
 from emkum import errors
@@ -716,20 +717,12 @@ class BadSectors(LocalStore):
     def open(self, path: str) -> RangeReader:
         reader = super().open(path)
 
-        class Reader:
-            size = reader.size
-
-            def expect_random(_) -> None:  # noqa: N805
-                reader.expect_random()
-
-            def expect(_, offset: int, num_bytes: int) -> None:  # noqa: N805
-                reader.expect(offset, num_bytes)
-
+        class Reader(ForwardingReader):
             def read_into(_, buffers: Sequence[memoryview], offset: int) -> int:  # noqa: N805
                 self._refuse(path)
                 return reader.read_into(buffers, offset)
 
-        return Reader()
+        return Reader(reader)
 
 
 def test_a_sector_that_cannot_be_read_is_damage_of_its_file_alone(pristine: Path) -> None:

@@ -11,11 +11,10 @@ import google_crc32c
 import numpy as np
 
 from emkum.shards.bad_sectors import Unreadable
-from emkum.shards.layout import TEXT_TILE, ArraySpec, FieldSpec, object_path
+from emkum.shards.layout import ABSENT, TEXT_TILE, ArraySpec, FieldSpec, object_path
 from emkum.shards.ledger import CommittedObject, Receipt
 from emkum.shards.store import RangeReader, Store
 
-ABSENT = 2**64 - 1
 PIECE_BYTES = 4 << 20  # read at a time
 Progress = Callable[[int], None]
 

@@ -21,6 +21,8 @@ MAX_ROW_BYTES = 1 << 31
 MAX_VIEWS = 10_000
 TEXT_TILE = 16  # text positions in one inner chunk of a ragged field
 RECORDS = "_emkum"
+ABSENT = 2**64 - 1  # offset and length of an absent chunk in a shard's index
+CROPS = re.compile(r"image/crops-(?P<size>[0-9]+)")  # the name of a field of crops, their side in pixels
 
 Space = Literal["image", "text"]
 SPACES: tuple[Space, ...] = ("image", "text")

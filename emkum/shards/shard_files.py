@@ -24,12 +24,12 @@ import google_crc32c
 import numpy as np
 
 from emkum.errors import CorruptCache
+from emkum.shards.layout import ABSENT
 from emkum.shards.ledger import CommittedObject
 from emkum.shards.store import RangeReader, Store
 
 Verify = Literal["first", "always", "never"]
 VERIFY: tuple[Verify, ...] = ("first", "always", "never")
-ABSENT = 2**64 - 1  # in a shard's index
 MISSING = 2**32 - 1  # in `Shard.places`
 MAX_OPEN_SHARDS = min(4096, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))  # each may hold two files
 MAPPED_SHARE = 0.25  # of the machine's memory: a field that takes more is never mapped

@@ -18,6 +18,7 @@ from emkum.shards.claims import Claims, block_of
 from emkum.shards.codec import Encoded, Summary
 from emkum.shards.fingerprint import Fingerprint, require_same
 from emkum.shards.layout import (
+    ABSENT,
     DEFAULT_ROWS_PER_BLOCK,
     FORMAT,
     MAX_ROWS_PER_BLOCK,
@@ -56,7 +57,6 @@ from emkum.shards.strict_json import loads
 from emkum.shards.tars import SourceTar
 from emkum.shards.views import ViewPolicy
 
-ABSENT = 2**64 - 1
 NETWORK_FILES = "files.json"
 MARKS = 4  # chunks of a shard whose checksums its receipt repeats
 

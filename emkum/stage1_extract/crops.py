@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 
 from emkum.errors import IncompleteCache, MissingField, UsageError
-from emkum.shards.layout import FieldSpec
+from emkum.shards.layout import CROPS, FieldSpec
 from emkum.shards.ledger import field_record_paths, read_field_record
 from emkum.shards.reader import Cache, Field
 from emkum.shards.store import Store
-
-CROPS = re.compile(r"image/crops-([0-9]+)")
 
 
 def crops_spec(size: int) -> FieldSpec:
@@ -22,7 +19,7 @@ def crops_spec(size: int) -> FieldSpec:
 def crop_sizes(store: Store) -> list[int]:
     """The sides of the crops that a cache keeps, ascending."""
     names = (str(read_field_record(store, path)["field"]) for path in field_record_paths(store))
-    return sorted(int(found[1]) for name in names if (found := CROPS.fullmatch(name)))
+    return sorted(int(found["size"]) for name in names if (found := CROPS.fullmatch(name)))
 
 
 def chosen_size(store: Store, asked: int | None, makes_them: str) -> int:

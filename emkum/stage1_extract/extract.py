@@ -6,7 +6,6 @@ N rows, H height, W width, C colour, L text positions.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from emkum.shards.claims import Claims
 from emkum.shards.codec import Encoded, encode, summarise
 from emkum.shards.layout import Space
 from emkum.shards.segments import read_captions
+from emkum.shards.shard_files import cores
 from emkum.stage1_extract import statistics as int8_statistics
 from emkum.stage1_extract.claimed import ClaimedBlocks
 from emkum.stage1_extract.encode import Output, Rows, encode_crops, encode_outputs, for_device, host_buffer
@@ -134,7 +134,7 @@ def planned(found: Survey, claims: Claims, say: Say, with_bill: bool = True, che
 
 
 def default_threads() -> int:
-    return min(16, max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2))
+    return min(16, max(2, cores()))
 
 
 def _of(plan: Plan, tasks: Sequence[Task], space: Space) -> list[Task]:

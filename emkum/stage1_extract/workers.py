@@ -39,6 +39,7 @@ from emkum.shards.claims import CLAIMS, Claims, block_key
 from emkum.shards.layout import receipt_path
 from emkum.shards.ledger import REQUESTS_AT_A_TIME, Receipt, read_receipt, receipt_names
 from emkum.shards.segments import read_captions
+from emkum.shards.shard_files import cores
 from emkum.shards.store import is_url, open_store
 from emkum.shards.strict_json import loads
 from emkum.shards.writer import CacheWriter
@@ -544,8 +545,7 @@ def work(config: ExtractConfig, sharing: int, checked: bool) -> None:
 
     worker = get_worker()
     key = worker.get_current_task()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, cores // sharing)
+    share = max(1, cores() // sharing)
 
     def watch(rows: int) -> None:
         task = worker.state.tasks.get(key)

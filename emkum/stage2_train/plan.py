@@ -207,13 +207,13 @@ def _shuffle(
     fields = [cache.field(name) for name in names.needed() if cache.field(name).spec.sharded]
     if config.live or not fields:
         return Shuffle(), ""
+    if cache.store.local is not None and not needs_probe(fields):
+        return Shuffle(), ""
     blocks = dataclasses.replace(blocks, window=_fitting_window(cache, names, MIX_BLOCKS, batch))
-    if cache.store.local is None and blocks.window:
-        return blocks, "an object store answers many requests for single rows slowly; --shuffle rows overrides it"
     if not blocks.window:
         return Shuffle(), "blocks to mix would not fit into half of the memory"
-    if not needs_probe(fields):
-        return Shuffle(), ""
+    if cache.store.local is None:
+        return blocks, "an object store answers many requests for single rows slowly; --shuffle rows overrides it"
     largest = max(fields, key=lambda field: field.num_bytes)
     threads = ReadThreads(config.threads)
     try:
@@ -221,6 +221,8 @@ def _shuffle(
         found = probe_storage(lambda: opened().field(largest.name), threads)
     finally:
         threads.close()
+    if found is None:
+        return Shuffle(), ""
     rates = f"the storage gives {found.single:,.0f} single rows a second, {found.in_order:,.0f} in order"
     if found.slow_at_single_rows:
         return blocks, f"{rates}; --shuffle rows overrides it"
@@ -409,12 +411,9 @@ def run_summary(plan: Plan, info: Mapping[str, Any], validator: Validator | None
         f"{order.steps_per_epoch} batches of {size} an epoch ({order.left_over} samples of each shuffle are "
         f"left over), {len(order)} steps in all",
     ]
-    if order.shuffle.mode == "blocks" and not plan.config.live:
-        gib = plan.source.mixing_bytes / 2**30
-        lines.append(
-            f"shuffled by whole blocks, {order.shuffle.window} of them mixed in up to {gib:.2g} GiB of memory "
-            f"({plan.why_shuffle})"
-        )
+    if order.shuffle.mode == "blocks":
+        held = "" if plan.config.live else f" in up to {plan.source.mixing_bytes / 2**30:.2g} GiB of memory"
+        lines.append(f"shuffled by whole blocks, {order.shuffle.window} of them mixed{held} ({plan.why_shuffle})")
     elif plan.why_shuffle:
         lines.append(f"shuffled row by row ({plan.why_shuffle})")
     if info["bank"]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from emkum.errors import MissingCaptions, MissingField, UnknownRecipe, UsageError
+from emkum.shards.layout import CROPS
 
 if TYPE_CHECKING:
     from emkum.shards.reader import Cache
@@ -444,7 +445,6 @@ class FieldNames:
 
 
 TOKENS = re.compile(r"image/(?P<network>.+)@(?P<cut>\d+)/tokens")
-CROPS = re.compile(r"image/crops-(?P<size>\d+)")
 IDS = re.compile(r"text/(?P<network>.+)/ids")
 IMAGE_CLS = re.compile(r"teacher/(?P<network>.+)/image/cls")
 IMAGE_LAYERS = re.compile(r"teacher/(?P<network>.+)/image/layers")

@@ -18,11 +18,12 @@ from emkum.models.backbone import Backbone
 from emkum.models.network import Network, load_saved
 from emkum.models.passes import FrozenPass, Wanted, chosen_device
 from emkum.models.tokenizer import text_ids
+from emkum.shards.layout import CROPS
 from emkum.shards.reader import Cache, Field
 from emkum.stage2_train.evaluate.encode import Settings, features_of, out_of_texts, out_of_tokens
 from emkum.stage2_train.evaluate.results import BEFORE, ENCODER, STUDENT, TEACHER
 from emkum.stage2_train.loader import CachedSource
-from emkum.stage2_train.recipe import CROPS, IDS, TOKENS, FieldNames, target_pattern
+from emkum.stage2_train.recipe import IDS, TOKENS, FieldNames, target_pattern
 from emkum.stage2_train.run_folder import LoadedRun
 from emkum.stage2_train.student import Student, build_student, masked_mean
 

@@ -5,7 +5,6 @@ Legend: N pictures, M captions or texts, U different texts, B batch, T tokens, L
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from emkum.errors import BadPicture, NoData, TooManyBadSamples, UsageError
 from emkum.shards.reader import Cache, Field
+from emkum.shards.shard_files import cores
 from emkum.stage2_train.evaluate.pictures import Pictures
 from emkum.stage2_train.loader import BatchLoader, BatchSource
 from emkum.stage2_train.losses import autocast
@@ -214,7 +214,7 @@ def _decode_ahead(pictures: Pictures, size: int, settings: Settings) -> Iterator
         except BadPicture as error:
             return error
 
-    threads = settings.threads or min(16, max(2, os.cpu_count() or 2))
+    threads = settings.threads or min(16, max(2, cores()))
     window = 2 * settings.batch_size + threads
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         ahead: deque[Future[np.ndarray | BadPicture]] = deque()
