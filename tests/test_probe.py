@@ -450,7 +450,7 @@ def test_a_network_that_no_field_comes_from_is_answered_with_those_there_are(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--teacher", "vit"], "--sample 0"),
+        (["--teacher", "vit"], "--teacher without --sample"),
         (["--sample", "5"], "--sample without --teacher"),
         (["--sample", "-1", "--teacher", "vit"], "--sample -1"),
     ],
