@@ -46,6 +46,14 @@ class WeightsUnavailable(UsageError):
     """Weights that would have to be fetched, and cannot be from here."""
 
 
+class MissingPackage(UsageError):
+    """A part of emkum that needs a package which is not installed, or does not work here."""
+
+
+class RefusedTeacher(UsageError):
+    """A network that learned from what --label-free or --text-free excludes."""
+
+
 class NotACache(UsageError):
     """A folder that holds no emkum cache."""
 
@@ -130,6 +138,10 @@ class FingerprintMismatch(IdentityMismatch):
 
 class SourceChanged(IdentityMismatch):
     """A source tar known to the cache has other contents now."""
+
+
+class WeightsChanged(IdentityMismatch):
+    """A file of weights whose digest is not the one recorded, or asked for."""
 
 
 class ResumeMismatch(IdentityMismatch):
