@@ -51,7 +51,7 @@ def knn_accuracy(bank: torch.Tensor, bank_labels: np.ndarray, queries: torch.Ten
 
 @pytest.mark.slow
 def test_its_features_find_the_classes_of_cifar_as_well_as_they_should(shared: Path) -> None:
-    """At 96 px. All 6,000 pictures: 0.786 is on record for this network, 0.784 was measured; a quarter of them: 0.740."""
+    """At 96 px. Of all 6,000 pictures 0.786 is on record and 0.784 was measured; of a quarter of them 0.740."""
     found, step = np.load(shared / "data/images/cifar10.npz"), 1 if TORTURE_MINUTES else 4
     network = load_network(ADAPTER)
     frozen = FrozenPass([network], [Wanted(NAME, "cls")], "float32", "cpu")
