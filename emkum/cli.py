@@ -816,12 +816,17 @@ def _spread(arguments: list[str]) -> list[str]:
     return spread
 
 
+_received: list[Interrupted] = []
+
+
 def _interrupt(number: int, frame: Any) -> None:
     for either in STOPPING:  # a second signal ends at once; nothing committed is at risk
         signal.signal(either, signal.SIG_DFL)
-    raise Interrupted(
+    stopped = Interrupted(
         f"stopped by {signal.Signals(number).name}; what was committed is kept", "the same command continues"
     )
+    _received.append(stopped)
+    raise stopped
 
 
 def run(arguments: list[str]) -> int:
@@ -837,9 +842,11 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        return _fail(f"StorageFailure: {error} | check the path and its permissions", StorageFailure.exit_code)
     except Exception as error:
+        if _received:  # in the midst of an import, of which a library then made an error of its own
+            return _fail(_received[0].line(), Interrupted.exit_code)
+        if isinstance(error, OSError):
+            return _fail(f"StorageFailure: {error} | check the path and its permissions", StorageFailure.exit_code)
         kind = type(error).__name__
         if kind == "OutOfMemoryError":
             way_out = "extract: a smaller --batch-size; train: --chunk N, --activation-checkpointing, a smaller batch"

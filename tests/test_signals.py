@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,3 +207,24 @@ def test_a_second_signal_ends_at_once_and_costs_no_block(
     extraction.finish(cache)
     assert digest(str(cache)) == wholes[()]
     assert temporaries(cache) == []
+
+
+def test_a_signal_of_which_a_library_makes_an_error_of_its_own_is_still_a_signal() -> None:
+    """A library that is half imported when the signal comes may fail in any way: it is no bug, and no full disk."""
+    code = """
+import os, signal, sys
+import emkum.cli
+def half_imported(*args, **kwargs):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.sigtimedwait([], 5)
+    except BaseException:
+        raise {error}
+emkum.cli.app = half_imported
+sys.argv = ["emkum", "teachers"]
+emkum.cli.main()
+"""
+    for error in ("RecursionError('maximum recursion depth exceeded')", "OSError('gone')"):
+        ended = subprocess.run([sys.executable, "-c", code.format(error=error)], capture_output=True, text=True)
+        assert ended.returncode == 75, ended.stderr
+        assert re.fullmatch(LINE.format("SIGTERM"), ended.stderr.strip())
