@@ -62,6 +62,10 @@ class IncompleteCache(UsageError):
     """A field lacks blocks that the command needs."""
 
 
+class MissingPackage(UsageError):
+    """A Python package that only some need, and that is needed now."""
+
+
 class MissingCaptions(UsageError):
     """Captions are needed and the data or cache has none."""
 
@@ -102,6 +106,10 @@ class DuplicateKey(BadTar):
 
 class BadPicture(InputDataError):
     """A picture that cannot be decoded. Quarantined by the caller, row by row."""
+
+
+class BadSound(InputDataError):
+    """A sound that cannot be decoded. Quarantined by the caller, row by row."""
 
 
 class TooManyBadSamples(InputDataError):

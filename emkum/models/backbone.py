@@ -20,7 +20,7 @@ from emkum.errors import UnsupportedNetwork, UsageError
 from emkum.models.blocks import Activation, Block, BlockSpec, NormOrder, QkvBias, compute_dtype, in_type_of
 from emkum.models.positions import Grid, Memo, RelativeBias, interpolate_positions
 
-Modality = Literal["image", "text"]
+Modality = Literal["image", "text", "audio"]
 Position = Literal["absolute", "none"]
 SharedOrNot = Literal["none", "shared", "per_block"]
 

@@ -12,7 +12,7 @@ from typing import Literal
 from emkum.errors import UnknownNetwork, UsageError, WeightsUnavailable
 from emkum.models import fetch
 from emkum.models.backbone import Backbone, Modality
-from emkum.models.families import beit2, dinov2, dinov2_onnx
+from emkum.models.families import beit2, data2vec_audio, dinov2, dinov2_onnx
 from emkum.models.families.checkpoint import Checkpoint, open_folder, read_json
 from emkum.models.families.family import Family
 from emkum.models.families.registry import family_of, read_backbone
@@ -20,7 +20,9 @@ from emkum.models.network import MODEL_JSON, Network, load_saved, network_name, 
 from emkum.models.preprocessing import Preprocessing, read_preprocessor
 from emkum.models.tokenizer import MAX_TOKENS, read_tokenizer
 
-Supervision = Literal["none", "none+clip_tokenizer", "paired_text", "text_pairs", "class_labels", "unknown"]
+Supervision = Literal[
+    "none", "none+clip_tokenizer", "paired_text", "text_pairs", "class_labels", "transcripts", "unknown"
+]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class PackageFile:
 
 _BEIT2 = "https://github.com/addf400/files/releases/download/BEiT-v2/beitv2_base_patch16_224_pt1k"
 _TOKENS = ("cls", "patches")
+_SOUNDS = ("mean", "layers")
 
 
 def _entry(
@@ -66,6 +69,7 @@ def _entry(
     package: PackageFile | None = None,
 ) -> CatalogueEntry:
     modality: Modality = "text" if family in ("bert", "roberta", "data2vec-text") else "image"
+    modality = "audio" if family in ("data2vec-audio", "data2vec2-audio") else modality
     return CatalogueEntry(name, source, family, modality, supervision, licence, targets, notes, package)
 
 
@@ -106,6 +110,14 @@ _ENTRIES = (
     _entry("resnet101", "microsoft/resnet-101", "resnet", "Apache-2.0", "class_labels", ("cls", "logits")),
     _entry("bert-base", "google-bert/bert-base-uncased", "bert", "Apache-2.0", targets=("layers",)),
     _entry("roberta-base", "FacebookAI/roberta-base", "roberta", "MIT", targets=("layers",)),
+    _entry("data2vec-audio", "facebook/data2vec-audio-base", "data2vec-audio", "MIT", targets=_SOUNDS),
+    _entry(
+        "data2vec2-audio",
+        "https://dl.fbaipublicfiles.com/fairseq/data2vec2/base_libri.pt",
+        "data2vec2-audio",
+        "MIT",
+        targets=_SOUNDS,
+    ),
     _entry("data2vec-text", "facebook/data2vec-text-base", "data2vec-text", "MIT", targets=("layers",)),
     _entry(
         "minilm",
@@ -204,12 +216,17 @@ def _read(path: Path, source: str, revision: str, name: str) -> Network:
         return load_saved(path)
     if path.suffix == ".onnx":
         return _network(dinov2.FAMILY, dinov2_onnx.open_onnx(path), None, source, revision, name)
-    if (original := _beit2_file(path)) is not None:
-        return _network(beit2.FAMILY, beit2.open_original(original), None, source, revision, name)
+    if (original := _original_file(path)) is not None:
+        opened = beit2.open_original(original)
+        sounds = data2vec_audio.recognises(opened.shapes)
+        return _network(data2vec_audio.SECOND_FAMILY if sounds else beit2.FAMILY, opened, None, source, revision, name)
     if not path.is_dir():
         raise UsageError(f"{path} is no checkpoint we read", "name a folder, a BEiT-2 .pth file or a catalogue name")
     checkpoint = open_folder(path)
     family = family_of(checkpoint)
+    if family.modality == "audio" and (path / "preprocessor_config.json").is_file():
+        found = read_json(path / "preprocessor_config.json")
+        checkpoint.config |= {key: found[key] for key in ("do_normalize", "sampling_rate") if key in found}
     return _network(family, checkpoint, path, source, revision, name)
 
 
@@ -249,13 +266,14 @@ def _max_tokens(backbone: Backbone) -> int:
     return min(MAX_TOKENS, spec.max_positions - spec.position_offset)
 
 
-def _beit2_file(path: Path) -> Path | None:
-    """`path` or the one file in it, if that is a BEiT-2 file: there are no others without a config.json."""
+def _original_file(path: Path) -> Path | None:
+    """`path` or the one file in it, if that is an original file: others have a config.json."""
     if path.is_file():
         return path if path.suffix in (".pth", ".pt", ".safetensors") else None
     if (path / "config.json").is_file():
         return None
-    found = sorted(path.glob("beitv2_*.safetensors")) or sorted(path.glob("beitv2_*.pth"))
+    patterns = ("beitv2_*.safetensors", "beitv2_*.pth", "base_libri.safetensors", "base_libri.pt")
+    found = next((found for pattern in patterns if (found := sorted(path.glob(pattern)))), [])
     if len(found) > 1:
         raise UsageError(f"{path} holds {', '.join(f.name for f in found)}", "name one of the files")
     return found[0] if found else None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from emkum.errors import CorruptCache, IdentityMismatch, NewerFormat, StorageFailure, UsageError
+from emkum.models.audio import AudioBackbone, AudioSpec, WaveConv
 from emkum.models.backbone import Backbone, BackboneSpec, Modality
 from emkum.models.families.registry import empty_backbone, frozen
 from emkum.models.preprocessing import Preprocessing, normalised
@@ -39,7 +40,7 @@ class Network:
     name: str
     family: str
     modality: Modality
-    backbone: Backbone | ResNet
+    backbone: Backbone | ResNet | AudioBackbone
     preprocessing: Preprocessing | None
     tokenizer: bytes | None
     max_tokens: int
@@ -63,8 +64,8 @@ class Network:
 
     @property
     def patch(self) -> int:
-        """Pixels of a patch, each way; 0 for text."""
-        return self.backbone.spec.patch
+        """Pixels of a patch, each way; 0 for text and sound."""
+        return 0 if isinstance(self.backbone, AudioBackbone) else self.backbone.spec.patch
 
     def placed(self, device: torch.device | str, compute: torch.dtype = torch.float32) -> Network:
         """A copy on `device` whose matrix products run in `compute`; residual stream, norms and outputs stay float32.
@@ -76,7 +77,7 @@ class Network:
         backbone = copy.deepcopy(self.backbone).to(device)
         if compute != torch.float32:
             for module in backbone.modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
+                if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d) and not isinstance(module, WaveConv):
                     module.to(compute)
         return dataclasses.replace(self, backbone=backbone)
 
@@ -198,8 +199,8 @@ def load_saved(folder: Path | str) -> Network:
         if record["format"] > FORMAT:
             raise NewerFormat(f"{folder} has format {record['format']}, this emkum reads {FORMAT}", "update emkum")
         architecture = record["architecture"]
-        kind = ResNetSpec if architecture["kind"] == "resnet" else BackboneSpec
-        backbone = empty_backbone(kind.from_json(architecture))
+        kinds: dict[str, type[ResNetSpec | AudioSpec]] = {"resnet": ResNetSpec, "audio": AudioSpec}
+        backbone = empty_backbone(kinds.get(architecture["kind"], BackboneSpec).from_json(architecture))
         # Copied: safetensors hands out pages of the file, which may be replaced under us.
         tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
         backbone.load_state_dict(tensors, strict=True, assign=True)

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from emkum.errors import UnsupportedNetwork, UsageError
 from emkum.models import targets
+from emkum.models.audio import AudioBackbone
+from emkum.models.backbone import Backbone
 from emkum.models.network import Network, normalise, shares_prefix
 from emkum.models.resnet import ResNet
 
-What = Literal["tokens", "cls", "patches", "layers", "logits"]
+What = Literal["tokens", "cls", "patches", "layers", "logits", "mean"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class FrozenPass:
         wanted: some of the pass's own outputs; only what they need is run.
         """
         crops_BHWC = crops_BHWC.to(self.device, non_blocking=True)
-        return self._run(lambda network: network.backbone.embed(normalise(network, crops_BHWC)), None, wanted)
+        return self._run(lambda network: _backbone(network).embed(normalise(network, crops_BHWC)), None, wanted)
 
     @torch.inference_mode()
     def texts(self, ids_BL: Tensor, mask_BL: Tensor, wanted: Sequence[Wanted] | None = None) -> list[Tensor]:
@@ -98,7 +100,7 @@ class FrozenPass:
         Token outputs are zero where the mask is False.
         """
         ids_BL, mask_BL = (tensor.to(self.device, non_blocking=True) for tensor in (ids_BL, mask_BL))
-        return self._run(lambda network: network.backbone.embed(ids_BL, mask_BL), mask_BL, wanted)
+        return self._run(lambda network: _backbone(network).embed(ids_BL, mask_BL), mask_BL, wanted)
 
     def _run(
         self, embed: Callable[[Network], Tensor], mask_BL: Tensor | None, chosen: Sequence[Wanted] | None
@@ -155,6 +157,11 @@ class FrozenPass:
             if lender and runs:
                 stops[self._computes(name, lender[1], whole)].add(lender[1])
         return stops
+
+
+def _backbone(network: Network) -> Backbone | ResNet:
+    assert not isinstance(network.backbone, AudioBackbone), "sounds have a pass of their own"
+    return network.backbone
 
 
 def _target(network: Network, want: Wanted, tokens: Tensor, hidden: list[Tensor], mask_BL: Tensor | None) -> Tensor:

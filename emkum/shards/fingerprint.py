@@ -35,15 +35,19 @@ class Fingerprint:
     tokenizer: str | None = None  # sha256 of tokenizer.json
     max_tokens: int | None = None
     statistics: str | None = None  # int8: sha256 of the channel mean and std
+    max_seconds: float | None = None  # of a sound; longer ones are cut
 
     def to_json(self) -> dict[str, Any]:
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+        """Without the entries that format 1 did not have at first, where they do not apply."""
+        found = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+        return {key: value for key, value in found.items() if value is not None or key not in _ADDED}
 
     @property
     def digest(self) -> str:
         return digest_of(self.to_json())
 
 
+_ADDED = ("max_seconds",)
 _WORDS = {
     "weights": "weights with sha256",
     "architecture": "architecture with sha256",
@@ -52,6 +56,7 @@ _WORDS = {
     "size": "crop size",
     "storage": "storage",
     "max_tokens": "text positions",
+    "max_seconds": "seconds of a sound",
     "tokenizer": "tokenizer with sha256",
     "statistics": "channel statistics with sha256",
 }

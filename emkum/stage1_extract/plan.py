@@ -25,6 +25,7 @@ from emkum.errors import (
     UsageError,
     WeightsUnavailable,
 )
+from emkum.models.audio_pass import AUDIO_TARGETS, AudioPass, output_in_words
 from emkum.models.backbone import Backbone, TextEmbedding
 from emkum.models.catalogue import load_network
 from emkum.models.network import Network, network_files
@@ -37,6 +38,7 @@ from emkum.shards.layout import (
     TEXT_TILE,
     FieldSpec,
     Kind,
+    Space,
     canonical_json,
     check_cache_name,
     model_dir,
@@ -51,6 +53,8 @@ from emkum.shards.segments import (
     require_same_views,
     require_split,
 )
+from emkum.shards.sounds import DECODER as SOUND_DECODER
+from emkum.shards.sounds import decoder_versions, require_decoder
 from emkum.shards.store import Store, exists, is_url, open_store
 from emkum.shards.strict_json import loads
 from emkum.shards.tars import OnTruncated, SourceTar, find_tars
@@ -63,6 +67,8 @@ OnNonfinite = Literal["stop", "quarantine"]
 StoreInputs = Literal["tokens", "crops"]
 IMAGE_TARGETS = ("cls", "patches", "layers", "logits")
 TEXT_TARGETS = ("cls", "patches", "layers")
+TARGETS = tuple(dict.fromkeys((*IMAGE_TARGETS, *TEXT_TARGETS, *AUDIO_TARGETS)))
+MAX_SECONDS = 600.0  # attention takes memory by the square of a clip's length
 DEFAULT_TEXT_ENCODER = "bert-base"
 DEFAULT_DATA = ("./data",)
 DEFAULT_SIZE = 224
@@ -92,6 +98,7 @@ class ExtractConfig:
     storage: str = "float16"
     compute: str = "auto"
     max_tokens: int = 64
+    max_seconds: float = 30.0
     batch_size: int = 32
     threads: int | None = None
     rows_per_block: int | None = None
@@ -110,8 +117,8 @@ class ExtractConfig:
         _require(self.storage in STORAGES, f"--storage {self.storage}", f"choose one of {', '.join(STORAGES)}")
         computes = ("auto", "float32", "bfloat16", "float16")
         _require(self.compute in computes, f"--compute {self.compute}", f"choose one of {', '.join(computes)}")
-        unknown = [t for t in self.targets if t not in IMAGE_TARGETS]
-        _require(not unknown, f"unknown target {', '.join(unknown)}", f"choose from {', '.join(IMAGE_TARGETS)}")
+        unknown = [t for t in self.targets if t not in TARGETS]
+        _require(not unknown, f"unknown target {', '.join(unknown)}", f"choose from {', '.join(TARGETS)}")
         _require(0 <= self.max_bad <= 1, f"--max-bad {self.max_bad}", "give a fraction between 0 and 1")
         _require(self.threads is None or self.threads > 0, f"--threads {self.threads}", "give 1 or more")
         _require(self.batch_size > 0, f"--batch-size {self.batch_size}", "give a positive number")
@@ -143,6 +150,11 @@ class ExtractConfig:
             self.max_tokens > 0 and self.max_tokens % TEXT_TILE == 0,
             f"--max-tokens {self.max_tokens}",
             f"give a multiple of {TEXT_TILE}",
+        )
+        _require(
+            0.1 <= self.max_seconds <= MAX_SECONDS,
+            f"--max-seconds {self.max_seconds:g}",
+            f"give 0.1 to {MAX_SECONDS:g}; cut longer recordings into clips",
         )
         rows = self.rows_per_block
         _require(
@@ -221,8 +233,9 @@ class Plan:
     segments: tuple[Segment, ...]
     paths: dict[str, str]  # tar name -> where it lies now
     crops: Field | None  # where the pictures come from, if not from tars
-    filtered: int  # samples with neither picture nor caption
+    filtered: int  # samples with neither picture, caption nor sound
     duplicate_keys: int  # keys that appear in more than one tar
+    audio_pass: AudioPass | None = None
 
     @property
     def store(self) -> Store:
@@ -230,12 +243,12 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
-        """Rows to compute, pictures (each view counts) and captions together."""
+        """Rows to compute, pictures (each view counts), captions and sounds together."""
         return sum(task.rows for task in self.tasks)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes the missing blocks will take at most (ragged text counted in full)."""
+        """Bytes the missing blocks will take at most (ragged rows counted in full)."""
         return sum(self.field_bytes(name) for name in self.fields)
 
     def field_bytes(self, name: str, tiles_per_row: int | None = None) -> int:
@@ -261,6 +274,7 @@ class Survey:
     memory: ScanMemory
     has_pictures: bool
     has_captions: bool
+    has_sounds: bool = False
 
 
 def survey(config: ExtractConfig) -> Survey:
@@ -283,13 +297,15 @@ def survey(config: ExtractConfig) -> Survey:
     known, tars = _scan(paths, memory)
     if config.from_crops:
         has_pictures, has_captions = _contents_of_split(config, segments, store)
+        has_sounds = False  # crops hold none
         has_pictures = has_pictures and bool(networks.image_teachers or networks.encoder)
         if has_pictures:
             config = replace(config, size=chosen_size(store, config.size, _with_crops(config, store)))
     else:
-        has_pictures, has_captions = _contents(config, known, tars, segments)
+        has_pictures, has_captions, has_sounds = _contents(config, known, tars, segments)
     networks = _complete(networks, config, has_pictures, has_captions)
-    return Survey(config, store, device, paths, known, tars, networks, memory, has_pictures, has_captions)
+    _require_sounds(networks, config, has_sounds)
+    return Survey(config, store, device, paths, known, tars, networks, memory, has_pictures, has_captions, has_sounds)
 
 
 @dataclass(frozen=True)
@@ -305,6 +321,7 @@ class Committed:
     tokenizer: bytes | None
     paths: dict[str, str]  # tar name -> where it lies, of the tars that are at hand as they were
     crops: Field | None  # where the pictures come from, if not from tars
+    audio_pass: AudioPass | None = None
 
 
 def make_plan(
@@ -331,6 +348,8 @@ def make_plan(
     fields, image_pass, text_pass = _fields(
         config, networks, found.device, writer, found.has_pictures, found.has_captions, crops
     )
+    sounds, audio_pass = _audio_fields(config, networks, found.device, writer)
+    fields |= sounds
     for field in fields.values():
         _check_record(writer, field)
     writer.clear_unfinished(claims)
@@ -355,7 +374,9 @@ def make_plan(
         paths = {} if config.from_crops else _at_hand(writer.segments, where, memory)
         recorded = {name: field for name, field in fields.items() if writer.field_record(name) is not None}
         held = {name: receipts[name] for name in recorded}
-        check(Committed(config, found.store, recorded, held, image_pass, text_pass, tokenizer, paths, crops))
+        check(
+            Committed(config, found.store, recorded, held, image_pass, text_pass, tokenizer, paths, crops, audio_pass)
+        )
     _keep_networks(writer, networks)
     if fresh:
         writer.append_segment(config.split, config.policy, fresh)
@@ -368,6 +389,8 @@ def make_plan(
     tasks = _tasks(config, writer.rows_per_block, fields, segments, receipts)
     missing = {name for task in tasks for name in task.fields}
     image_pass, text_pass = (_narrowed(p, fields, missing) for p in (image_pass, text_pass))
+    if audio_pass is not None:
+        audio_pass = audio_pass.only([w for name in missing if (w := fields[name].wanted) is not None])
     keys = [(t.name, s.key) for t in fresh for s in t.samples]
     return Plan(
         config,
@@ -383,6 +406,7 @@ def make_plan(
         crops,
         sum(tar.filtered for tar in tars),
         len(keys) - len({key for _, key in keys}),
+        audio_pass,
     )
 
 
@@ -405,6 +429,10 @@ class _Networks:
     @property
     def text_teachers(self) -> list[Network]:
         return [t for t in self.teachers if t.modality == "text"]
+
+    @property
+    def audio_teachers(self) -> list[Network]:
+        return [t for t in self.teachers if t.modality == "audio"]
 
     @property
     def image_teachers(self) -> list[Network]:
@@ -477,6 +505,24 @@ def _complete(networks: _Networks, config: ExtractConfig, has_pictures: bool, ha
             "give tars with txt members, or json members with `captions` or `caption`",
         )
     return _Networks(encoder if has_pictures else None, text_encoder if has_captions else None, networks.teachers)
+
+
+def _require_sounds(networks: _Networks, config: ExtractConfig, has_sounds: bool) -> None:
+    """Raises unless the teachers of sounds, if there are any, can hear some."""
+    if not networks.audio_teachers:
+        return
+    teacher = networks.audio_teachers[0]
+    if config.from_crops:
+        raise UsageError(
+            f"teacher {teacher.name} hears sounds, and --from-crops reads no tar",
+            "name the tars: --data in place of --from-crops",
+        )
+    if not has_sounds:
+        raise NoData(
+            f"teacher {teacher.name} hears sounds and the data has none",
+            "give tars with wav or flac members; tars that were extracted before emkum read sounds need a new cache",
+        )
+    require_decoder()
 
 
 def _default_text_encoder() -> Network:
@@ -608,6 +654,43 @@ def _fields(
     return fields, image_pass, text_pass
 
 
+def _audio_fields(
+    config: ExtractConfig, networks: _Networks, device: torch.device, writer: CacheWriter
+) -> tuple[dict[str, PlannedField], AudioPass | None]:
+    teachers = _unique(networks.audio_teachers)
+    if not teachers:
+        return {}, None
+    wanted: dict[Wanted, tuple[str, Kind]] = {}
+    for teacher in teachers:
+        targets = [t for t in config.targets or _default_targets(teacher) if t in AUDIO_TARGETS]
+        if not targets:
+            raise UsageError(
+                f"--targets {','.join(config.targets)} of {teacher.name}, which hears sounds",
+                f"choose from {', '.join(AUDIO_TARGETS)}",
+            )
+        for target in targets:
+            kind: Kind = "audio_pooled" if target == "mean" else "audio_ragged"
+            wanted[Wanted(teacher.name, target)] = (f"teacher/{teacher.name}/audio/{target}", kind)  # type: ignore[arg-type]
+    audio_pass = AudioPass(teachers, list(wanted), _compute(config, device, writer, wanted), device)
+    rate = audio_pass.rate
+    fields = {}
+    for want, (name, kind) in wanted.items():
+        network, spec = audio_pass.networks[want.network], audio_pass.backbone(want).spec
+        frames = spec.num_frames(round(config.max_seconds * rate))
+        positions = -(-max(frames, 1) // TEXT_TILE) * TEXT_TILE
+        shape = (spec.width,) if kind == "audio_pooled" else (positions, spec.width)
+        field = FieldSpec(name, kind, config.storage, shape)
+        output = output_in_words(audio_pass.backbone(want), want.what)
+        fingerprint = Fingerprint(
+            **_common(field, network, want, audio_pass.compute) | {"output": output},
+            decoder=SOUND_DECODER,
+            max_seconds=float(config.max_seconds),
+        )
+        environment = _environment(network, device) | decoder_versions()
+        fields[name] = PlannedField(field, fingerprint, want, environment)
+    return fields, audio_pass
+
+
 def _fields_of_views(config: ExtractConfig) -> dict[str, PlannedField]:
     """Boxes, and crops if they are kept."""
     boxes = FieldSpec(f"views/{config.policy.name}/boxes", "boxes", "float32", (len(fields_of(Box)),))
@@ -639,7 +722,13 @@ def _image_wanted(config: ExtractConfig, networks: _Networks) -> dict[Wanted, tu
         name = networks.encoder.name
         wanted[Wanted(name, "tokens", config.cut)] = (f"image/{name}@{config.cut}/tokens", "tokens")
     for teacher in networks.image_teachers:
-        for target in config.targets or _default_targets(teacher):
+        targets = [t for t in config.targets or _default_targets(teacher) if t in IMAGE_TARGETS]
+        if not targets:
+            raise UsageError(
+                f"--targets {','.join(config.targets)} of {teacher.name}, a picture network",
+                f"choose from {', '.join(IMAGE_TARGETS)}",
+            )
+        for target in targets:
             kind: Kind = "pooled" if target in ("cls", "logits") else "tokens"
             wanted[Wanted(teacher.name, target)] = (f"teacher/{teacher.name}/image/{target}", kind)  # type: ignore[arg-type]
     return wanted
@@ -664,6 +753,8 @@ def _default_targets(teacher: Network) -> tuple[str, ...]:
     """What is kept of a teacher if the user does not say."""
     if teacher.modality == "text":
         return ("layers",)
+    if teacher.modality == "audio":
+        return ("mean", "layers")
     return ("cls", "patches") if teacher.depth else ("cls", "logits")
 
 
@@ -675,6 +766,7 @@ def _common(spec: FieldSpec, network: Network, want: Wanted, compute: str) -> di
         "layers": "mean over all blocks of instance-normalised outputs"
         + (", layer norm" if network.modality == "image" else ""),
         "logits": "classifier logits",
+        "mean": "",  # of sounds, whose outputs are named in emkum.models.audio_pass
     }
     return {
         "kind": spec.kind,
@@ -744,21 +836,24 @@ def _with_views_of_the_split(config: ExtractConfig, segments: Sequence[Segment])
 
 def _contents(
     config: ExtractConfig, known: Sequence[str], tars: Sequence[SourceTar], segments: Sequence[Segment]
-) -> tuple[bool, bool]:
+) -> tuple[bool, bool, bool]:
+    """Whether there are pictures, captions and sounds."""
     pictures = any(sample.picture for tar in tars for sample in tar.samples)
     captions = any(sample.captions for tar in tars for sample in tar.samples)
+    sounds = any(sample.sound for tar in tars for sample in tar.samples)
     if known:
         names = {os.path.basename(path) for path in known}
         for segment in segments:
             if names & {source.tar for source in segment.sources}:
                 pictures |= segment.image.rows > 0
                 captions |= segment.text.rows > 0
-    if not pictures and not captions:
+                sounds |= segment.audio.rows > 0
+    if not pictures and not captions and not sounds:
         raise NoData(
-            f"the tars in {', '.join(config.data)} hold neither pictures nor captions",
-            "emkum reads jpg, jpeg, png, webp, txt and json members; see docs/data.md",
+            f"the tars in {', '.join(config.data)} hold neither pictures nor captions nor sounds",
+            "emkum reads jpg, jpeg, png, webp, txt, json, wav and flac members; see docs/data.md",
         )
-    return pictures, captions
+    return pictures, captions, sounds
 
 
 def _contents_of_split(config: ExtractConfig, segments: Sequence[Segment], store: Store) -> tuple[bool, bool]:
@@ -869,10 +964,11 @@ def _tasks(
     receipts: dict[str, dict[tuple[int, int], Receipt]],
 ) -> tuple[Task, ...]:
     tasks = []
-    for space, num_views in (("text", 1), ("image", config.views)):
+    views: dict[Space, int] = {"text": 1, "audio": 1, "image": config.views}
+    for space, num_views in views.items():
         names = [name for name, field in fields.items() if field.spec.space == space]
         for segment in segments if names else ():
-            span = segment.text if space == "text" else segment.image
+            span = segment.span(space)
             for block in span.blocks(rows_per_block):
                 for view in range(num_views):
                     lacking = tuple(name for name in names if (block, view) not in receipts[name])
@@ -883,11 +979,11 @@ def _tasks(
 
 
 def require_room(plan: Plan) -> None:
-    """Raises StorageFailure if what is sure to be written does not fit; ragged text counts one tile a caption.
+    """Raises StorageFailure if what is sure to be written does not fit; ragged rows count one tile each.
 
     For a process that writes alone: what others have begun would count twice.
     """
-    needed = sum(plan.field_bytes(name, 1 if f.spec.kind == "ragged" else None) for name, f in plan.fields.items())
+    needed = sum(plan.field_bytes(name, 1 if f.spec.is_ragged else None) for name, f in plan.fields.items())
     free = plan.store.free_bytes()
     if free is not None and needed > free:
         raise StorageFailure(

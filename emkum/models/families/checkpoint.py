@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from emkum.errors import UnsupportedNetwork, WeightsUnavailable
+from emkum.models.audio import AudioSpec
 from emkum.models.backbone import BackboneSpec
 from emkum.models.resnet import ResNetSpec
 
@@ -29,7 +30,7 @@ class KeyMap:
     drop: patterns of tensors that are known and not needed; any other tensor left over is refused.
     """
 
-    spec: BackboneSpec | ResNetSpec
+    spec: BackboneSpec | ResNetSpec | AudioSpec
     sources: Mapping[str, str | tuple[str, ...]]
     drop: tuple[str, ...] = ()
 

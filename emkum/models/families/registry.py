@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from emkum.errors import UnsupportedNetwork
+from emkum.models.audio import AudioBackbone, AudioSpec
 from emkum.models.backbone import Backbone, BackboneSpec
 from emkum.models.families import (
     beit,
     beit2,
     bert,
     clip_vision,
+    data2vec_audio,
     data2vec_vision,
     dinov2,
     resnet,
@@ -38,6 +40,8 @@ FAMILIES: tuple[Family, ...] = (
     bert.FAMILY,
     roberta.FAMILY,
     roberta.DATA2VEC_FAMILY,
+    data2vec_audio.FAMILY,
+    data2vec_audio.SECOND_FAMILY,
 )
 
 
@@ -51,7 +55,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
     raise UnsupportedNetwork(f"{checkpoint.label} is of type {model_type!r}", f"types that can be read: {known}")
 
 
-def read_backbone(family: Family, checkpoint: Checkpoint) -> Backbone | ResNet:
+def read_backbone(family: Family, checkpoint: Checkpoint) -> Backbone | ResNet | AudioBackbone:
     """The checkpoint's network in float32, frozen and in evaluation mode. Raises UnsupportedNetwork."""
     checkpoint = checkpoint.renamed(family.rename)
     key_map = family.key_map(checkpoint)
@@ -61,9 +65,11 @@ def read_backbone(family: Family, checkpoint: Checkpoint) -> Backbone | ResNet:
     return frozen(backbone)
 
 
-def empty_backbone(spec: BackboneSpec | ResNetSpec) -> Backbone | ResNet:
+def empty_backbone(spec: BackboneSpec | ResNetSpec | AudioSpec) -> Backbone | ResNet | AudioBackbone:
     """A network of this shape without numbers, on the meta device; load_state_dict(assign=True) gives it them."""
     with torch.device("meta"):
+        if isinstance(spec, AudioSpec):
+            return AudioBackbone(spec)
         return ResNet(spec) if isinstance(spec, ResNetSpec) else Backbone(spec)
 
 
