@@ -1,4 +1,4 @@
-"""Networks of sound: data2vec against transformers, data2vec 2 against its equations, and a clip alone as in a batch."""
+"""Networks of sound: data2vec against transformers, data2vec 2 against its equations, a clip alone as in a batch."""
 
 from __future__ import annotations
 

@@ -67,6 +67,7 @@ def test_a_long_sound_is_cut_and_says_so() -> None:
     assert (sound.was_cut, sound.seconds) == (True, 2.0)
     assert not decode_sound(encoded(wave, RATE, "WAV", "FLOAT"), "wav", RATE, 2.0).was_cut
     assert len(heard(encoded(noise(2.0, 44_100), 44_100, "FLAC"), "flac", 0.75)) == 12_000
+    assert len(heard(encoded(noise(2.0, 8_000), 8_000, "WAV"), "wav", 0.7777)) == 12_443  # soxr gives 12,444
 
 
 def test_silence_is_a_sound() -> None:
@@ -112,7 +113,9 @@ def test_numbers_that_are_none_are_refused() -> None:
     wave[7] = np.nan
     assert refused(encoded(wave, RATE, "WAV", "FLOAT")) == "holds inf or NaN among its 1,600 samples"
     wave[7] = np.inf
-    assert refused(encoded(np.stack([wave, wave], 1), RATE, "WAV", "FLOAT")) == "holds inf or NaN among its 1,600 samples"
+    assert (
+        refused(encoded(np.stack([wave, wave], 1), RATE, "WAV", "FLOAT")) == "holds inf or NaN among its 1,600 samples"
+    )
 
 
 def test_the_same_damage_always_has_the_same_reason() -> None:
