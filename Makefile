@@ -20,8 +20,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 demo: install
 	$(BIN)/emkum demo
 
+# A process for each core, at most 4; each test file's fixtures are made in few of them.
 test: install lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Kills, full disks, faults, fuzzing: MINUTES is for each test that takes random examples for a time.
 MINUTES ?= 10

@@ -496,7 +496,7 @@ def teachers(as_json: JsonOption = False) -> None:
     """List the networks known by name, with what they learned from and their licence."""
     import dataclasses
 
-    from emkum.models.catalogue import CATALOGUE
+    from emkum.models.families.registry import CATALOGUE
 
     entries = list(CATALOGUE.values())
     if as_json:

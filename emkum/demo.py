@@ -18,7 +18,8 @@ import numpy as np
 
 import emkum
 from emkum.errors import IdentityMismatch, NotARun, UnsupportedNetwork, UsageError, WeightsUnavailable
-from emkum.models.catalogue import CATALOGUE, load_network
+from emkum.models.catalogue import load_network
+from emkum.models.families.registry import CATALOGUE
 from emkum.models.network import Network
 from emkum.shards.datasets.scenes import write_scenes
 from emkum.shards.durable import write_file

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from test_accumulate import assert_close, configured, logged, weights
 from tiny_cache import NUM_TOKENS, VOCABULARY, WIDTH, TinyCache, make_cache, tiny_network
 
 from emkum.models.network import Network
-from emkum.stage2_train.compiled import compile_blocks, uncompiled, why_not
+from emkum.models.quantise import decode_int8, encode_int8
+from emkum.stage2_train.compiled import compile_blocks, compiled_decode, uncompiled, why_not
 from emkum.stage2_train.recipe import FieldNames, load_recipe
 from emkum.stage2_train.student import Student, build_student
 from emkum.stage2_train.train import train
@@ -85,6 +88,17 @@ def test_texts_of_every_length_are_one_compilation() -> None:
     assert list(ours.state_dict()) == list(plain.state_dict())
 
 
+def test_int8_of_every_shape_is_decoded_by_one_graph() -> None:
+    backend = Counted()
+    decode = compiled_decode(backend)
+    for shape in ((6, 5, WIDTH), (4, 5, WIDTH), (4, 3, WIDTH), (7, 9, WIDTH)):
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        mean, std = values.mean((0, 1)), values.std((0, 1))
+        stored, scale = encode_int8(values, mean, std)
+        torch.testing.assert_close(decode(stored, scale, mean, std), decode_int8(stored, scale, mean, std))
+    assert backend.graphs == 1
+
+
 def test_validation_runs_as_written() -> None:
     ours, backend = student(), Counted()
     compile_blocks(ours, CPU, backend)
@@ -96,16 +110,24 @@ def test_validation_runs_as_written() -> None:
     assert backend.graphs > before
 
 
+def test_the_want_of_a_compiler_is_told_in_the_compilers_words() -> None:
+    """In a process of its own: the compiler remembers that it found none."""
+    code = """
+import torch, torch._inductor.config
+torch._inductor.config.cpp.cxx = ("/nowhere/c++",)
+from emkum.stage2_train.compiled import why_not
+print(why_not(torch.device("cpu")))"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert "No working C++ compiler found" in found.stdout
+
+
 def test_without_a_compiler_the_run_goes_on_and_says_why(
     cache: TinyCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch._inductor.config
-
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nowhere/c++",))
-    assert "No working C++ compiler found" in why_not(CPU)
+    monkeypatch.setattr("emkum.stage2_train.compiled.why_not", lambda device, backend: "RuntimeError: no compiler")
     lines: list[str] = []
     train(configured(cache, tmp_path / "run", "image-kd", "training.batch=8", compile=True), say=lines.append)
-    assert any(line.startswith("not compiled: ") and "No working C++ compiler found" in line for line in lines)
+    assert "not compiled: RuntimeError: no compiler" in lines
     assert len(logged(tmp_path / "run")) == 9
 
 
@@ -140,10 +162,11 @@ def loss_of(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_machine_code_gives_the_same_losses(cache: TinyCache, tmp_path: Path) -> None:
+def test_machine_code_gives_the_same_losses_from_int8(tmp_path: Path) -> None:
     if reason := why_not(CPU):
         pytest.skip(reason)
+    cache = make_cache(tmp_path / "cache", pictures=24, val_pictures=6, cut=1, storage="int8")
     for name in ("plain", "compiled"):
-        config = configured(cache, tmp_path / name, "ssmke", "training.batch=8", compile=name == "compiled")
+        config = configured(cache, tmp_path / name, "image-kd", "training.batch=8", compile=name == "compiled")
         train(config, say=lambda line: None)
     np.testing.assert_allclose(logged(tmp_path / "compiled"), logged(tmp_path / "plain"), rtol=1e-5)

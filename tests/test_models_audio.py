@@ -15,14 +15,15 @@ from torch import Tensor
 from emkum.errors import UnsupportedNetwork
 from emkum.models.audio import AudioBackbone, AudioSpec, alibi_slopes
 from emkum.models.audio_pass import AudioPass, first_target_block
-from emkum.models.catalogue import CATALOGUE, load_network
+from emkum.models.catalogue import load_network
 from emkum.models.families import data2vec_audio
 from emkum.models.families.checkpoint import of_tensors
-from emkum.models.families.registry import read_backbone
+from emkum.models.families.registry import CATALOGUE, read_backbone
 from emkum.models.network import Network, load_saved, save_network
 from emkum.models.passes import Wanted
 
 RATE = 16_000
+_, SECOND = data2vec_audio.FAMILIES
 TOLERANCE = 1e-5
 PREFIX = "modality_encoders.AUDIO"
 
@@ -311,23 +312,23 @@ def test_a_fine_tuned_data2vec2_is_refused() -> None:
     tuned = {f"w2v_encoder.w2v_model.{name}": tensor for name, tensor in original().items()}
     tuned["w2v_encoder.proj.weight"] = torch.zeros(32, 24)
     with pytest.raises(UnsupportedNetwork, match=r"is fine-tuned with transcripts: it has w2v_encoder\.proj\.weight"):
-        read_backbone(data2vec_audio.SECOND_FAMILY, of_tensors(tuned, "file", {}))
+        read_backbone(SECOND, of_tensors(tuned, "file", {}))
 
 
 def test_a_file_that_does_not_tell_its_heads_is_refused() -> None:
     state = original(scales=(1, 1, 1, 1, 1))
     with pytest.raises(UnsupportedNetwork, match="does not tell the number of heads"):
-        read_backbone(data2vec_audio.SECOND_FAMILY, of_tensors(state, "file", {}))
+        read_backbone(SECOND, of_tensors(state, "file", {}))
 
 
 def test_unknown_tensors_and_other_kernels_are_refused() -> None:
     state = original() | {f"{PREFIX}.relative_positional_encoder.0.weight": torch.zeros(24)}
     with pytest.raises(UnsupportedNetwork, match="unknown tensors"):
-        read_backbone(data2vec_audio.SECOND_FAMILY, of_tensors(state, "file", {}))
+        read_backbone(SECOND, of_tensors(state, "file", {}))
     state = original()
     state[f"{PREFIX}.local_encoder.conv_layers.6.0.weight"] = torch.zeros(8, 8, 4)
     with pytest.raises(UnsupportedNetwork, match=r"kernels \[10, 3, 3, 3, 3, 2, 4\] and strides None"):
-        read_backbone(data2vec_audio.SECOND_FAMILY, of_tensors(state, "file", {}))
+        read_backbone(SECOND, of_tensors(state, "file", {}))
 
 
 def test_slopes_of_alibi_are_those_of_the_paper_and_of_fairseq() -> None:
@@ -341,6 +342,7 @@ def test_slopes_of_alibi_are_those_of_the_paper_and_of_fairseq() -> None:
 def test_the_names_of_the_catalogue() -> None:
     assert CATALOGUE["data2vec-audio"].modality == CATALOGUE["data2vec2-audio"].modality == "audio"
     assert {CATALOGUE[name].supervision for name in ("data2vec-audio", "data2vec2-audio")} == {"none"}
+    assert CATALOGUE["data2vec2-audio"].targets == ("mean", "layers")
 
 
 # --- targets --------------------------------------------------------------------------------------------------------
@@ -348,7 +350,7 @@ def test_the_names_of_the_catalogue() -> None:
 
 def tiny(depth: int = 10, prenet: int = 0, seed: int = 0) -> Network:
     state = original(blocks=depth - prenet, prenet=prenet, seed=seed)
-    backbone = read_backbone(data2vec_audio.SECOND_FAMILY, of_tensors(state, "file", {}))
+    backbone = read_backbone(SECOND, of_tensors(state, "file", {}))
     return Network("tiny", "data2vec2-audio", "audio", backbone, None, None, 0, "0" * 64, "", "", "", "none")
 
 

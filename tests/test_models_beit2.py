@@ -13,9 +13,9 @@ import transformers
 from torch import Tensor
 
 from emkum.errors import UnsupportedNetwork, UsageError, WeightsUnavailable
-from emkum.models import catalogue, fetch
+from emkum.models import fetch
 from emkum.models.catalogue import load_network
-from emkum.models.families import beit2
+from emkum.models.families import originals, registry
 
 WIDTH, DEPTH, HEADS, PATCH, GRID = 24, 2, 3, 4, 5
 
@@ -109,7 +109,7 @@ def test_the_original_file_gives_the_numbers_of_transformers(original: Path, gri
 def test_the_folder_of_the_file_and_its_safetensors_copy_are_read_too(original: Path) -> None:
     digest = load_network(str(original)).weights_sha256
     assert load_network(str(original.parent)).weights_sha256 == digest
-    made = beit2.as_safetensors(original, "abc")
+    made = originals.as_safetensors(original, "abc")
     original.unlink()
     assert load_network(str(made.parent)).weights_sha256 == digest
     write(original.with_name("beitv2_other.pth"), {})
@@ -120,12 +120,12 @@ def test_the_folder_of_the_file_and_its_safetensors_copy_are_read_too(original: 
 
 
 def test_the_safetensors_copy_is_made_once_and_again_when_the_file_is_another(original: Path) -> None:
-    made = beit2.as_safetensors(original, "one")
+    made = originals.as_safetensors(original, "one")
     first = made.stat().st_mtime_ns
-    assert beit2.as_safetensors(original, "one").stat().st_mtime_ns == first
-    assert beit2.as_safetensors(original, "two").stat().st_mtime_ns > first
+    assert originals.as_safetensors(original, "one").stat().st_mtime_ns == first
+    assert originals.as_safetensors(original, "two").stat().st_mtime_ns > first
     made.write_bytes(b"torn")
-    assert load_network(str(beit2.as_safetensors(original, "two"))).depth == DEPTH
+    assert load_network(str(originals.as_safetensors(original, "two"))).depth == DEPTH
 
 
 @pytest.mark.parametrize(
@@ -141,10 +141,10 @@ def test_a_fine_tuned_file_is_refused(sign: str, tmp_path: Path) -> None:
 
 def test_another_file_under_the_name_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "beitv2_x.pth", {"weight": torch.zeros(2)})
-    with pytest.raises(UnsupportedNetwork, match="is no BEiT-2"):
+    with pytest.raises(UnsupportedNetwork, match="is no original file we know"):
         load_network(str(path))
     torch.save([1, 2], path)
-    with pytest.raises(UnsupportedNetwork, match="no state dict under 'model'"):
+    with pytest.raises(UnsupportedNetwork, match="has no state dict"):
         load_network(str(path))
 
 
@@ -163,7 +163,7 @@ def test_the_catalogue_fetches_the_file_once_records_its_digest_and_keeps_it_as_
     monkeypatch.setattr(fetch.urllib.request, "urlopen", from_release)
     network = load_network("beit2")
     again = load_network("beit2", offline=True)
-    assert fetched == [catalogue.CATALOGUE["beit2"].source]
+    assert fetched == [registry.CATALOGUE["beit2"].source]
     assert network.weights_sha256 == again.weights_sha256 == load_network(str(original)).weights_sha256
     name = "beitv2_base_patch16_224_pt1k"
     assert {path.name for path in kept.iterdir()} == {f"{name}.pth", f"{name}.pth.json", f"{name}.safetensors"}

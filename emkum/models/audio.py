@@ -75,6 +75,10 @@ class AudioSpec:
             num_samples = (num_samples - kernel) // stride + 1
         return num_samples
 
+    def build(self) -> AudioBackbone:
+        """A network of this shape."""
+        return AudioBackbone(self)
+
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types."""
         return dataclasses.asdict(self) | {"convs": [list(conv) for conv in self.convs]}

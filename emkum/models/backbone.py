@@ -20,7 +20,7 @@ from emkum.errors import UnsupportedNetwork, UsageError
 from emkum.models.blocks import Activation, Block, BlockSpec, NormOrder, QkvBias, compute_dtype, in_type_of
 from emkum.models.positions import Grid, Memo, RelativeBias, interpolate_positions
 
-Modality = Literal["image", "text", "audio"]
+Modality = Literal["image", "text", "audio", "pair"]  # pair: a picture with a caption
 Position = Literal["absolute", "none"]
 SharedOrNot = Literal["none", "shared", "per_block"]
 
@@ -228,6 +228,10 @@ class BackboneSpec:
     def stack(self) -> StackSpec:
         side = self.image_size // self.patch if self.relative_bias != "none" else 0
         return StackSpec(self.block, self.depth, self.relative_bias, (side, side))
+
+    def build(self) -> Backbone:
+        """A network of this shape."""
+        return Backbone(self)
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types."""

@@ -125,12 +125,13 @@ def weights_dir() -> Path:
     return Path(base) / "emkum" / "weights"
 
 
-def from_url(url: str, offline: bool = False) -> Fetched:
+def from_url(url: str, offline: bool = False, folder: str = "") -> Fetched:
     """The file behind `url`, fetched once into `weights_dir()` with its sha256 recorded in <file>.json beside it.
 
+    folder: one of its own there, for files whose names say nothing of the network.
     Raises WeightsUnavailable if it is not there and cannot be fetched.
     """
-    path = weights_dir() / url.rsplit("/", 1)[1]
+    path = weights_dir() / folder / url.rsplit("/", 1)[1]
     record = path.with_name(path.name + ".json")
     if path.is_file():
         return Fetched(path, _recorded_sha256(path, record, url))

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from emkum.errors import CorruptCache, IdentityMismatch, NewerFormat, StorageFailure, UsageError
-from emkum.models.audio import AudioBackbone, AudioSpec, WaveConv
-from emkum.models.backbone import Backbone, BackboneSpec, Modality
-from emkum.models.families.registry import empty_backbone, frozen
+from emkum.models.audio import AudioBackbone, WaveConv
+from emkum.models.backbone import Backbone, Modality
+from emkum.models.families.registry import empty_backbone, frozen, spec_of
 from emkum.models.preprocessing import Preprocessing, normalised
-from emkum.models.resnet import ResNet, ResNetSpec
+from emkum.models.resnet import ResNet
 
 FORMAT = 1
 MODEL_JSON, WEIGHTS, TOKENIZER = "model.json", "model.safetensors", "tokenizer.json"
@@ -198,9 +198,7 @@ def load_saved(folder: Path | str) -> Network:
         record = json.loads((folder / MODEL_JSON).read_text(encoding="utf-8"))
         if record["format"] > FORMAT:
             raise NewerFormat(f"{folder} has format {record['format']}, this emkum reads {FORMAT}", "update emkum")
-        architecture = record["architecture"]
-        kinds: dict[str, type[ResNetSpec | AudioSpec]] = {"resnet": ResNetSpec, "audio": AudioSpec}
-        backbone = empty_backbone(kinds.get(architecture["kind"], BackboneSpec).from_json(architecture))
+        backbone = empty_backbone(spec_of(record["architecture"]))
         # Copied: safetensors hands out pages of the file, which may be replaced under us.
         tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
         backbone.load_state_dict(tensors, strict=True, assign=True)

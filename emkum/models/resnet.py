@@ -54,6 +54,10 @@ class ResNetSpec:
         """Pixels a token of the last feature map stands for, each way."""
         return 4 << (len(self.widths) - 1 + self.stride_in_first_stage)
 
+    def build(self) -> ResNet:
+        """A network of this shape."""
+        return ResNet(self)
+
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types."""
         return dataclasses.asdict(self) | {"widths": list(self.widths), "depths": list(self.depths)}

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import emkum
 from emkum.errors import Interrupted, SchedulerUnreachable, WorkersDiffer, WorkersLost
-from emkum.models.catalogue import CATALOGUE
+from emkum.models.families.registry import CATALOGUE
 from emkum.shards.claims import CLAIMS, Claims, block_key
 from emkum.shards.layout import receipt_path
 from emkum.shards.ledger import REQUESTS_AT_A_TIME, Receipt, read_receipt, receipt_names

@@ -1,4 +1,4 @@
-"""The student's blocks compiled: the same numbers up to rounding from fewer and larger kernels."""
+"""The student's blocks, and the decoding of int8, compiled: the same numbers up to rounding from fewer kernels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from emkum.models.quantise import decode_int8
 
 if TYPE_CHECKING:
     from emkum.models.backbone import BlockStack
@@ -41,6 +43,13 @@ def _compile_each(stack: BlockStack, lengths_vary: bool, backend: str | Callable
     """Block by block, not the stack as a whole: the compiler then works on one block, however many there are."""
     for block in stack.blocks:
         block.compile(dynamic=lengths_vary, backend=backend)
+
+
+def compiled_decode(
+    backend: str | Callable[..., object] = "inductor",
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """decode_int8 in one pass over the numbers, of any shape: each is read as int8 and written as float32, once."""
+    return torch.compile(decode_int8, dynamic=True, backend=backend)
 
 
 def why_not(device: torch.device, backend: str | Callable[..., object] = "inductor") -> str:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from emkum.errors import StorageFailure
 from emkum.shards.durable import is_full, sweep_temporaries
-from emkum.stage2_train.compiled import compile_blocks
+from emkum.stage2_train.compiled import compile_blocks, compiled_decode
 from emkum.stage2_train.keeper import DurableCheckpoints, RunKeeper, RunResult, result_of
-from emkum.stage2_train.loader import Batch, BatchLoader, HostBatch
+from emkum.stage2_train.loader import Batch, BatchLoader, CachedSource, HostBatch
 from emkum.stage2_train.losses import Journal, autocast, step_losses
 from emkum.stage2_train.micro_batches import MicroBatches
 from emkum.stage2_train.optimiser import parameter_groups, rate
@@ -84,6 +84,8 @@ def _session(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, sa
     if config.compile:
         reason = compile_blocks(plan.student, plan.device)
         say(f"not compiled: {reason}" if reason else "blocks are compiled as they first run, but not for validation")
+        if not reason and isinstance(plan.source, CachedSource):
+            plan.source.decode = compiled_decode()
     accumulate = plan.recipe.training.accumulate
     batches = MicroBatches(plan.order, accumulate) if accumulate > 1 else plan.order
     loader = BatchLoader(

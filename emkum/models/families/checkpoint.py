@@ -6,7 +6,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ class KeyMap:
 
     sources: our tensor -> the checkpoint's; of several, the rows one after the other (query, key, value).
     drop: patterns of tensors that are known and not needed; any other tensor left over is refused.
+    changes: of some of ours, what is done with the tensor read: a part cut out, axes exchanged.
     """
 
     spec: BackboneSpec | ResNetSpec | AudioSpec
     sources: Mapping[str, str | tuple[str, ...]]
     drop: tuple[str, ...] = ()
+    changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
 class Checkpoint:
@@ -170,6 +172,8 @@ def read_tensors(checkpoint: Checkpoint, key_map: KeyMap, wanted: Mapping[str, T
     state = {}
     for ours, names in sources.items():
         tensor = torch.cat([checkpoint.tensor(n) for n in names]) if len(names) > 1 else checkpoint.tensor(names[0])
+        if ours in key_map.changes:
+            tensor = key_map.changes[ours](tensor)
         if _squeezed(tensor.shape) != _squeezed(wanted[ours].shape):
             raise UnsupportedNetwork(
                 f"{checkpoint.label}: {' + '.join(names)} has shape {tuple(tensor.shape)}, "

@@ -6,7 +6,7 @@ from typing import Any
 
 from emkum.models.backbone import BackboneSpec
 from emkum.models.families.checkpoint import Checkpoint, KeyMap, refuse_fine_tuned
-from emkum.models.families.family import Family
+from emkum.models.families.family import CatalogueEntry, Family
 from emkum.models.families.hf_names import activation, square
 from emkum.models.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 
@@ -52,11 +52,23 @@ def key_map(checkpoint: Checkpoint) -> KeyMap:
     return KeyMap(spec, sources, drop=(*text_and_projections, r"position_ids$"))
 
 
-FAMILY = Family(
-    name="clip-vision",
-    modality="image",
-    model_types=("clip", "clip_vision_model"),
-    rename=lambda name: name.removeprefix("vision_model."),
-    key_map=key_map,
-    preprocessing=Preprocessing(mean=CLIP_MEAN, std=CLIP_STD),
+def _entry(name: str, repo: str, width: int, depth: int, patch: int) -> CatalogueEntry:
+    tokens = 1 + (224 // patch) ** 2
+    return CatalogueEntry(name, f"openai/{repo}", "paired_text", "MIT", width, depth, patch=patch, tokens=tokens)
+
+
+FAMILIES = (
+    Family(
+        name="clip-vision",
+        modality="image",
+        model_types=("clip", "clip_vision_model"),
+        rename=lambda name: name.removeprefix("vision_model."),
+        key_map=key_map,
+        preprocessing=Preprocessing(mean=CLIP_MEAN, std=CLIP_STD),
+        entries=(
+            _entry("clip-b32", "clip-vit-base-patch32", 768, 12, 32),
+            _entry("clip-b16", "clip-vit-base-patch16", 768, 12, 16),
+            _entry("clip-l14", "clip-vit-large-patch14", 1024, 24, 14),
+        ),
+    ),
 )

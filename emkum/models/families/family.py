@@ -1,13 +1,59 @@
-"""What a family is: which checkpoints it reads, how, and how it wants its pictures."""
+"""What a family is: which checkpoints it reads and how, how it wants its inputs, and the catalogue's entries of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from emkum.models.backbone import Modality
-from emkum.models.families.checkpoint import Checkpoint, KeyMap
+from emkum.models.families.checkpoint import Checkpoint, KeyMap, Shapes
 from emkum.models.preprocessing import Preprocessing
+
+Supervision = Literal[
+    "none", "none+clip_tokenizer", "paired_text", "text_pairs", "class_labels", "transcripts", "unknown"
+]
+
+
+@dataclass(frozen=True)
+class PackageFile:
+    """A file or folder `inside` the package `module`, installed as `requirement` (with --no-deps)."""
+
+    requirement: str
+    module: str
+    inside: str
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """A network by name. `source`: a hub id or a URL; `package`: a Python package that holds it, tried first.
+
+    supervision: `none` no labels, no text; `none+clip_tokenizer` no labels, but its tokenizer was distilled from CLIP;
+    `paired_text` pictures with captions; `text_pairs` texts that belong together; `class_labels`; `transcripts` of
+    speech. width, depth: of its blocks. patch: pixels, 0 but for pictures. size: the side of the pictures it is run on,
+    in pixels. tokens: of one sample, CLS and registers included (texts: at most; 0 where the length of a sound
+    decides). targets: what is kept of it unless the user says; () is the family's. companions: URLs of further files
+    that are fetched beside, the tokenizer's. sha256: of the file behind a URL, where it is known; revision: a commit of
+    the hub, where it is pinned. family and modality are filled in by the registry.
+    """
+
+    name: str
+    source: str
+    supervision: Supervision
+    licence: str
+    width: int
+    depth: int
+    patch: int = 0
+    size: int = 224
+    tokens: int = 0
+    targets: tuple[str, ...] = ()
+    notes: str = ""
+    package: PackageFile | None = None
+    companions: tuple[str, ...] = ()
+    sha256: str = ""
+    revision: str = ""
+    family: str = ""
+    modality: Modality = "image"
 
 
 @dataclass(frozen=True)
@@ -16,6 +62,10 @@ class Family:
 
     `key_map` takes a checkpoint under stable names. `trust_preprocessor` is False where the published
     preprocessor_config.json is known to be wrong; then `preprocessing` alone holds.
+    recognises: whether tensors of these names and shapes, without any config.json, are an original file of the family.
+    tokenizer: the bytes of a tokenizer from the folder of the checkpoint, where it is not a tokenizer.json.
+    default_targets: what is kept of a teacher unless the user says. layers_rule: which rule `layers` follows then, a
+    name of `emkum.models.targets`. spec: the class of its architectures, if it is none of emkum.models.backbone.
     """
 
     name: str
@@ -25,3 +75,9 @@ class Family:
     key_map: Callable[[Checkpoint], KeyMap]
     preprocessing: Preprocessing | None = None
     trust_preprocessor: bool = True
+    recognises: Callable[[Shapes], bool] | None = None
+    tokenizer: Callable[[Any], bytes] | None = None
+    default_targets: tuple[str, ...] = ("cls", "patches")
+    layers_rule: str = "thesis"
+    spec: type | None = None
+    entries: tuple[CatalogueEntry, ...] = ()

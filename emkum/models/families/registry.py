@@ -1,58 +1,93 @@
-"""The table of families, and a checkpoint read with the one that fits."""
+"""The families, one file each in this folder: found by themselves, with their entries of the catalogue."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import dataclasses
+import importlib
+import pkgutil
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from emkum.errors import UnsupportedNetwork
+from emkum.models import families
 from emkum.models.audio import AudioBackbone, AudioSpec
-from emkum.models.backbone import Backbone, BackboneSpec
-from emkum.models.families import (
-    beit,
-    beit2,
-    bert,
-    clip_vision,
-    data2vec_audio,
-    data2vec_vision,
-    dinov2,
-    resnet,
-    roberta,
-    vit,
-)
-from emkum.models.families.checkpoint import Checkpoint, read_tensors
-from emkum.models.families.family import Family
+from emkum.models.backbone import Backbone, BackboneSpec, Modality
+from emkum.models.families.checkpoint import Checkpoint, Shapes, read_tensors
+from emkum.models.families.family import CatalogueEntry, Family
 from emkum.models.resnet import ResNet, ResNetSpec
 
 Module = TypeVar("Module", bound=nn.Module)
 
-FAMILIES: tuple[Family, ...] = (
-    vit.FAMILY,
-    dinov2.FAMILY,
-    dinov2.REGISTERS_FAMILY,
-    beit.FAMILY,
-    data2vec_vision.FAMILY,
-    beit2.FAMILY,
-    clip_vision.FAMILY,
-    resnet.FAMILY,
-    bert.FAMILY,
-    roberta.FAMILY,
-    roberta.DATA2VEC_FAMILY,
-    data2vec_audio.FAMILY,
-    data2vec_audio.SECOND_FAMILY,
-)
+
+def _found() -> tuple[Family, ...]:
+    """What every module of the folder lists as FAMILIES, by the name of the module."""
+    names = sorted(module.name for module in pkgutil.iter_modules(families.__path__) if module.name != "registry")
+    modules = [importlib.import_module(f"{families.__name__}.{name}") for name in names]
+    return tuple(family for module in modules for family in getattr(module, "FAMILIES", ()))
 
 
-def family_of(checkpoint: Checkpoint) -> Family:
-    """The family that reads config.json's model_type. Raises UnsupportedNetwork if none does."""
+FAMILIES = _found()
+
+CATALOGUE: dict[str, CatalogueEntry] = {
+    entry.name: dataclasses.replace(
+        entry, family=family.name, modality=family.modality, targets=entry.targets or family.default_targets
+    )
+    for family in FAMILIES
+    for entry in family.entries
+}
+
+_SPECS: dict[str, type[Any]] = {
+    str(next(f.default for f in dataclasses.fields(spec) if f.name == "kind")): spec
+    for spec in (BackboneSpec, *(family.spec for family in FAMILIES if family.spec is not None))
+}
+
+
+def family_of(checkpoint: Checkpoint, modality: Modality | None = None) -> Family:
+    """The family that reads config.json's model_type: that of `modality`, else of pictures where several towers are.
+
+    Raises UnsupportedNetwork if there is none.
+    """
     model_type = checkpoint.config.get("model_type")
-    for family in FAMILIES:
-        if model_type in family.model_types:
+    fitting = [family for family in FAMILIES if model_type in family.model_types]
+    known = ", ".join(sorted({t for family in FAMILIES for t in family.model_types}))
+    what = f"{checkpoint.label} is of type {model_type!r}"
+    return _tower(fitting, modality, what, f"types that can be read: {known}")
+
+
+def family_of_original(shapes: Shapes, label: str, modality: Modality | None = None) -> Family:
+    """The family that recognises these tensors of an original file. Raises UnsupportedNetwork if none does."""
+    fitting = _recognising(shapes)
+    known = ", ".join(sorted({family.name for family in FAMILIES if family.recognises}))
+    what = f"{label} is no original file we know (tensors such as {', '.join(list(shapes)[:3])})"
+    return _tower(fitting, modality, what, f"original files are read of {known}; others as a folder with config.json")
+
+
+def is_original(shapes: Shapes) -> bool:
+    """Whether any family recognises these tensors as those of an original file."""
+    return bool(_recognising(shapes))
+
+
+def _recognising(shapes: Shapes) -> list[Family]:
+    return [family for family in FAMILIES if family.recognises and family.recognises(shapes)]
+
+
+def _tower(fitting: list[Family], modality: Modality | None, what: str, way_out: str) -> Family:
+    if not fitting:
+        raise UnsupportedNetwork(what, way_out)
+    if modality is None:
+        return next((family for family in fitting if family.modality == "image"), fitting[0])
+    for family in fitting:
+        if family.modality == modality:
             return family
-    known = ", ".join(sorted(t for family in FAMILIES for t in family.model_types))
-    raise UnsupportedNetwork(f"{checkpoint.label} is of type {model_type!r}", f"types that can be read: {known}")
+    found = ", ".join(family.modality for family in fitting)
+    raise UnsupportedNetwork(f"{what}: it reads {found}, not {modality}", f"leave #{modality} out")
+
+
+def family_named(name: str, modality: Modality) -> Family | None:
+    """The family of that name and modality; None for a network that belongs to none."""
+    return next((f for f in FAMILIES if (f.name, f.modality) == (name, modality)), None)
 
 
 def read_backbone(family: Family, checkpoint: Checkpoint) -> Backbone | ResNet | AudioBackbone:
@@ -65,12 +100,19 @@ def read_backbone(family: Family, checkpoint: Checkpoint) -> Backbone | ResNet |
     return frozen(backbone)
 
 
+def spec_of(architecture: dict[str, Any]) -> BackboneSpec | ResNetSpec | AudioSpec:
+    """An architecture from its JSON form. Raises UnsupportedNetwork for a kind we do not know."""
+    kind = architecture["kind"]
+    if kind not in _SPECS:
+        raise UnsupportedNetwork(f"an architecture of kind {kind!r}; known are {', '.join(_SPECS)}", "update emkum")
+    found: BackboneSpec | ResNetSpec | AudioSpec = _SPECS[kind].from_json(architecture)
+    return found
+
+
 def empty_backbone(spec: BackboneSpec | ResNetSpec | AudioSpec) -> Backbone | ResNet | AudioBackbone:
     """A network of this shape without numbers, on the meta device; load_state_dict(assign=True) gives it them."""
     with torch.device("meta"):
-        if isinstance(spec, AudioSpec):
-            return AudioBackbone(spec)
-        return ResNet(spec) if isinstance(spec, ResNetSpec) else Backbone(spec)
+        return spec.build()
 
 
 def frozen(backbone: Module) -> Module:

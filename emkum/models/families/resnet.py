@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from emkum.errors import UnsupportedNetwork
 from emkum.models.families.checkpoint import Checkpoint, KeyMap
-from emkum.models.families.family import Family
+from emkum.models.families.family import CatalogueEntry, Family
 from emkum.models.preprocessing import Preprocessing
 from emkum.models.resnet import ResNetSpec
 
@@ -44,11 +44,23 @@ def _conv(ours: str, theirs: str) -> dict[str, str | tuple[str, ...]]:
     return sources | {f"{ours}.norm.{name}": f"{theirs}.normalization.{name}" for name in norm}
 
 
-FAMILY = Family(
-    name="resnet",
-    modality="image",
-    model_types=("resnet",),
-    rename=lambda name: name.removeprefix("resnet."),
-    key_map=key_map,
-    preprocessing=Preprocessing(crop_fraction=0.875),
+def _entry(name: str) -> CatalogueEntry:
+    repo = name.replace("resnet", "resnet-")
+    return CatalogueEntry(
+        name, f"microsoft/{repo}", "class_labels", "Apache-2.0", width=2048, depth=0, patch=32, tokens=50
+    )
+
+
+FAMILIES = (
+    Family(
+        name="resnet",
+        modality="image",
+        model_types=("resnet",),
+        rename=lambda name: name.removeprefix("resnet."),
+        key_map=key_map,
+        preprocessing=Preprocessing(crop_fraction=0.875),
+        default_targets=("cls", "logits"),
+        spec=ResNetSpec,
+        entries=(_entry("resnet50"), _entry("resnet101")),
+    ),
 )

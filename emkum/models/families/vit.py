@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from emkum.models.backbone import BackboneSpec
 from emkum.models.families.checkpoint import Checkpoint, KeyMap, refuse_fine_tuned
-from emkum.models.families.family import Family
+from emkum.models.families.family import CatalogueEntry, Family
 from emkum.models.families.hf_names import activation, legacy_name, square, vision_eps
 from emkum.models.preprocessing import Preprocessing
 
@@ -51,11 +51,24 @@ def key_map(checkpoint: Checkpoint) -> KeyMap:
     return KeyMap(spec, sources, drop=(r"^pooler\.", r"^embeddings\.mask_token$", r"^decoder\."))
 
 
-FAMILY = Family(
-    name="vit",
-    modality="image",
-    model_types=("vit",),
-    rename=legacy_name("vit."),
-    key_map=key_map,
-    preprocessing=Preprocessing(crop_fraction=224 / 256),
+def _entry(name: str, repo: str, width: int, patch: int) -> CatalogueEntry:
+    tokens = 1 + (224 // patch) ** 2
+    return CatalogueEntry(name, f"facebook/{repo}", "none", "Apache-2.0", width, 12, patch=patch, tokens=tokens)
+
+
+FAMILIES = (
+    Family(
+        name="vit",
+        modality="image",
+        model_types=("vit",),
+        rename=legacy_name("vit."),
+        key_map=key_map,
+        preprocessing=Preprocessing(crop_fraction=224 / 256),
+        entries=(
+            _entry("dino-s16", "dino-vits16", 384, 16),
+            _entry("dino-s8", "dino-vits8", 384, 8),
+            _entry("dino-b16", "dino-vitb16", 768, 16),
+            _entry("dino-b8", "dino-vitb8", 768, 8),
+        ),
+    ),
 )
