@@ -29,6 +29,7 @@ from emkum.errors import (
 from emkum.models.audio_pass import AudioPass
 from emkum.models.network import load_saved, save_network
 from emkum.models.passes import Wanted
+from emkum.shards import tars
 from emkum.shards.audit import describe, left_out, table
 from emkum.shards.digest import digest
 from emkum.shards.fingerprint import Fingerprint
@@ -331,6 +332,31 @@ def _members(path: Path) -> dict[str, bytes]:
         return {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("with_hints", [True, False])
+def test_a_cache_made_before_sounds_were_read_is_not_taken_for_one_without(
+    ear: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_hints: bool
+) -> None:
+    """Its rows would be missing without a word: also where another tar of the command has sounds."""
+    eye, cache, old = save_teacher(tmp_path / "eye"), tmp_path / "cache", mixed_tar(tmp_path / "old.tar")
+    with monkeypatch.context() as then:
+        then.setattr(tars, "AUDIO_EXTS", frozenset())
+        then.setattr(tars, "USED_EXTS", tars.USED_EXTS - {"wav", "flac"})
+        run(eye, old, cache, targets=("cls",), size=64, text_encoder="none")
+    (cache / "_emkum/hints/scans.json").unlink()
+    if with_hints:  # an image teacher of today notes what it sees
+        shutil.copy(old, tmp_path / "second.tar")
+        both = config(eye, "", cache, targets=("cls",), size=64, text_encoder="none")
+        extract(dataclasses.replace(both, data=(str(old), str(tmp_path / "second.tar"))), lambda line: None)
+    new = sounds_tar(tmp_path / "new.tar", 3)
+    asked = dataclasses.replace(config(ear, "", cache, targets=("mean",)), data=(str(old), str(new)))
+    with pytest.raises(IdentityMismatch, match=r"old\.tar holds sounds, and segment 0 was made of it") as error:
+        extract(asked, lambda line: None)
+    assert "another folder with --cache" in error.value.way_out
+    assert "teacher/ear/audio/mean" not in Cache.open(cache).fields
+    extract(dataclasses.replace(asked, data=(str(new),)), lambda line: None)
+    assert len(Cache.open(cache).field("teacher/ear/audio/mean").rows("train")) == 3
+
+
 def test_fingerprints_of_other_fields_have_no_new_entry() -> None:
     assert "max_seconds" not in Fingerprint("tokens", "float16", (4, 8), size=224).to_json()
     assert Fingerprint("audio_pooled", "float16", (8,), max_seconds=30.0).to_json()["max_seconds"] == 30.0
@@ -360,7 +386,7 @@ def bad_tar(path: Path) -> tuple[Path, dict[str, str]]:
 
 def test_bad_files_are_quarantined_with_a_reason(ear: Path, tmp_path: Path) -> None:
     tar, reasons = bad_tar(tmp_path / "bad.tar")
-    lines = run(ear, tar, tmp_path / "cache", max_bad=0.5, batch_size=4)
+    lines = run(ear, tar, tmp_path / "cache", max_bad=0.5, batch_size=1)  # batches without a good row, too
     opened = Cache.open(tmp_path / "cache")
     missing = [int(key[1:]) for key in reasons]
     for name in FIELDS:

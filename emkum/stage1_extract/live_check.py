@@ -33,6 +33,7 @@ from emkum.shards.fingerprint import differences
 from emkum.shards.layout import FORMAT, canonical_json
 from emkum.shards.reader import Cache, Field
 from emkum.shards.sounds import DECODER as SOUND_DECODER
+from emkum.shards.sounds import require_decoder
 from emkum.shards.store import Store
 from emkum.shards.tars import find_tars
 from emkum.shards.views import DECODER
@@ -269,6 +270,7 @@ def _works(cache: Cache, fields: Mapping[str, Network], device: Any) -> list[Wor
         wanted: dict[str, Wanted | None] = {name: _wanted(name, fields[name]) for name in names}
         outputs = list(dict.fromkeys(want for want in wanted.values() if want is not None))
         if space == "audio":
+            require_decoder()
             sounds = AudioPass(list(networks.values()), outputs, compute, device)
             works.append(Work("audio", wanted, None, {}, audio_pass=sounds, max_seconds=max_seconds))
             continue

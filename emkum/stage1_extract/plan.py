@@ -17,6 +17,7 @@ import emkum
 from emkum.errors import (
     CorruptCache,
     FingerprintMismatch,
+    IdentityMismatch,
     MissingCaptions,
     NoData,
     SourceChanged,
@@ -340,6 +341,10 @@ def make_plan(
     memory.know(writer.segments)
     config = _with_views_of_the_split(config, writer.segments)
     fresh = new_sources(writer.segments, config.split, tars)
+    if networks.audio_teachers:
+        with_sounds = {tar.name for tar in tars if any(sample.sound for sample in tar.samples)}
+        with_sounds |= {os.path.basename(path) for path in found.known if memory.num_sounds(path)}
+        _require_rows(writer.segments, with_sounds)
     for path in found.known:
         require_split(writer.segments, config.split, os.path.basename(path))
     if any(sample.picture for tar in fresh for sample in tar.samples):
@@ -520,9 +525,20 @@ def _require_sounds(networks: _Networks, config: ExtractConfig, has_sounds: bool
     if not has_sounds:
         raise NoData(
             f"teacher {teacher.name} hears sounds and the data has none",
-            "give tars with wav or flac members; tars that were extracted before emkum read sounds need a new cache",
+            "give tars with wav or flac members",
         )
     require_decoder()
+
+
+def _require_rows(segments: Sequence[Segment], with_sounds: Collection[str]) -> None:
+    """Raises IdentityMismatch if a segment was made of tars that hold sounds, and has no rows for them."""
+    for segment in segments:
+        unheard = [source.tar for source in segment.sources if source.tar in with_sounds]
+        if unheard and not segment.audio.rows:
+            raise IdentityMismatch(
+                f"{unheard[0]} holds sounds, and segment {segment.number} was made of it by an emkum that read none",
+                "extract the sounds into another folder with --cache, or write their tars again under another name",
+            )
 
 
 def _default_text_encoder() -> Network:

@@ -196,9 +196,9 @@ def _conservation(plan: Plan, bad: Quarantine, space: Space) -> list[str]:
     count, total = bad.count(space), bad.total(space)
     if space == "text" and not count:
         return []
-    first = space == bad.spaces[0]
-    filtered = plan.filtered if first else 0
-    left_out = f" + {filtered} filtered" if first else ""
+    is_first = space == "image" or (space == "audio" and "image" not in bad.spaces)
+    filtered = plan.filtered if is_first else 0
+    left_out = f" + {filtered} filtered" if is_first else ""
     named = bad.first(space)
     more = count - len(named)
     return [
