@@ -113,7 +113,7 @@ def extract_again(pristine: Path, damaged: Path) -> None:
     """What the same extract command does: declare, and write just the blocks and networks that are not there."""
     good, writer = Cache.open(pristine), CacheWriter(damaged)
     for name, field in good.fields.items():
-        values = {f.name: field.fingerprint[f.name] for f in dataclasses.fields(Fingerprint)}
+        values = {f.name: field.fingerprint.get(f.name) for f in dataclasses.fields(Fingerprint)}
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         statistics = (field.mean, field.std) if field.storage == "int8" else None
         writer.declare_field(field.spec, Fingerprint(**values), field.record["environment"], statistics)
