@@ -650,7 +650,7 @@ def choose_recipe(cache: Cache, overrides: Sequence[str] = ()) -> tuple[str, str
         return "text-kd", "the cache has token ids and a text teacher's layers"
     if pairs:
         return "itc-only", "the cache has picture-caption pairs and no teacher targets"
-    if names and all(field.space == "audio" for field in cache.fields.values()):
+    if names and all(re.fullmatch(r"teacher/[^/]+/audio/.+", name) for name in names):
         raise UsageError(
             f"{cache.path} holds targets of sounds only: {_listed(names)}",
             "no recipe trains on sounds yet; read them with emkum.shards.reader.Cache, or as plain Zarr",
