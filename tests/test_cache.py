@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -251,15 +252,19 @@ def _write(path: Path, field: FieldSpec, values: np.ndarray, statistics=None, le
                 if field.storage in ("uint8", "int32"):
                     out.append(Encoded(values[cut], None, lengths, Summary()))
                 else:
-                    out.append(encode(values[cut], field.storage, *(statistics or ()), length=lengths))
+                    encoded = encode(values[cut], field.storage, *(statistics or ()), length=lengths)
+                    classes = CLASSES[None] + row if field.kind == "top_logits" else None
+                    out.append(dataclasses.replace(encoded, classes=classes))
             out.commit()
     return writer
 
 
+CLASSES = np.arange(8, dtype=np.int32)[::-1]  # of row 0
 KINDS = {
     "tokens": FieldSpec("image/e@0/tokens", "tokens", "float16", (5, 8)),
     "tokens-int8": FieldSpec("teacher/t/image/patches", "tokens", "int8", (4, 8)),
     "pooled": FieldSpec("teacher/t/image/cls", "pooled", "float32", (8,)),
+    "top-logits": FieldSpec("teacher/t/image/logits-top", "top_logits", "float16", (9,)),
     "pooled-int8": FieldSpec("teacher/t/image/logits", "pooled", "int8", (8,)),
     "ragged": FieldSpec("teacher/t/text/layers", "ragged", "float16", (32, 8)),
     "ragged-int8": FieldSpec("teacher/t/text/patches", "ragged", "int8", (32, 8)),
@@ -303,7 +308,11 @@ def test_what_is_written_is_read_back_and_agrees_with_plain_zarr_and_the_plain_r
         theirs = np.asarray(plain.read_values(independent, field.name, int(row), 0), dtype=np.float32)
         mine = ours.values(np.array([row]))[0]
         assert np.array_equal(np.nan_to_num(theirs), mine)
-    array = zarr.open_group(tmp_path / "c", mode="r")[f"{field.name}/values"]
+    group = zarr.open_group(tmp_path / "c", mode="r")
+    array = group[f"{field.name}/values"]
+    if field.kind == "top_logits":
+        np.testing.assert_array_equal(ours.classes(rows), CLASSES + rows[:, None])
+        np.testing.assert_array_equal(group[f"{field.name}/classes"][0:21][rows, 0], CLASSES + rows[:, None])
     whole = array[0:21]
     stored = ours.read(rows)
     picked = (whole[:, 0] if field.has_views else whole)[rows]
@@ -389,8 +398,6 @@ def test_another_fingerprint_is_refused_in_words_and_nothing_changes(tmp_path: P
 
 
 def test_every_entry_of_the_fingerprint_is_told_apart() -> None:
-    import dataclasses
-
     base = Fingerprint("tokens", "float16", (5, 8))
     for entry in dataclasses.fields(Fingerprint):
         changed = dataclasses.replace(base, **{entry.name: "other" if entry.name != "row_shape" else (5, 9)})

@@ -792,7 +792,7 @@ def test_bad_input_ends_in_one_line_with_its_exit_code(config: ExtractConfig, tm
     cases = [
         (["extract", "--teacher", vit], 2, "NoData", "./data"),
         (["extract", "--teacher", vit, "--data", "empty"], 2, "NoData", "empty"),
-        (["extract", "--teacher", "dinov3-s", "--data", config.data[0]], 2, "UnknownNetwork", "dinov2-s"),
+        (["extract", "--teacher", "dinov22-s", "--data", config.data[0]], 2, "UnknownNetwork", "dinov2-s"),
         (["extract", "--teacher", "beit2", "--data", config.data[0]], 2, "WeightsUnavailable", "beitv2_base"),
         (["extract", "--teacher", vit, "--data", config.data[0], "--cut", "9"], 2, "UsageError", "4 blocks"),
         (["extract", "--teacher", vit, "--data", config.data[0], "--targets", "sls"], 2, "UsageError", "cls"),

@@ -195,6 +195,12 @@ CASES = {
         declared_by_another_meanwhile,
         {"storage": "int8"},
     ),
+    "layers": Case(
+        r"rule of layers None in the cache, \{final_layer_norm False, last None, norm instance, prefix keep, site ffn, "
+        r"skip 1\} asked for",
+        flag(layers="site=ffn,skip=1,final=no"),
+        {"targets": ("layers",)},
+    ),
 }
 
 
@@ -258,6 +264,7 @@ REFUSED: dict[str, tuple[Any, str]] = {  # exit 5
     "seed": (4, "this run asks for crop-0.9-1.0-seed-4"),
     "storage": ("float16", "storage float32 in the cache, float16 asked for"),
     "compute": ("bfloat16", "compute type float32 in the cache, bfloat16 asked for"),
+    "layers": ("last=1", "rule of layers None in the cache, {final_layer_norm True, last 1, norm instance, "),
     "max_tokens": (32, "text positions 16 in the cache, 32 asked for"),
     "rows_per_block": (32, "has blocks of 16 rows; this run asks for 32"),
     "split": ("val", "as split 'train'; this run asks for split 'val'"),
@@ -286,9 +293,13 @@ SPEED_OR_PLACE: dict[str, Any] = {
     "device": "cpu",
     "join": True,
     "cache": None,  # another cache: nothing to compare
+    "logits_top": None,  # of classifiers: tests/test_layers_rules.py
     "workers": None,  # compared in the tests of many workers
     "scheduler": None,
     "from_crops": None,  # compared in tests/test_crops.py
+    "label_free": None,  # whether a network may be used at all: tests/test_supervision.py
+    "text_free": None,
+    "allow_teacher": None,
 }
 
 
@@ -301,6 +312,7 @@ def test_every_setting_of_the_command_is_identity_or_speed_or_place() -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_setting_that_changes_bytes_is_refused(config: ExtractConfig, name: str) -> None:
+    config = replace(config, targets=("cls", "layers"))
     quiet(config)
     before = everything(Path(config.cache))
     value, words = REFUSED[name]

@@ -13,6 +13,7 @@ from torch import Tensor
 from emkum.stage2_train.objectives.ctl import FifoBank, WholeBank, ctl
 from emkum.stage2_train.objectives.gather import gathered, gathered_constants, num_ranks, own_part
 from emkum.stage2_train.objectives.itc import itc
+from emkum.stage2_train.objectives.ranking import ranking
 
 RANKS, BATCH, WIDTH, STEPS = 2, 6, 5, 3
 BANKS = ("whole", "fifo", "tiny fifo")
@@ -47,8 +48,10 @@ def losses_and_gradients(bank_kind: str, part: slice) -> dict[str, Tensor]:
         bank.push(*everyone[:2])
         layer.zero_grad()
         scale.grad = None
-        (contrast.loss + target.loss).backward()
+        ranked = ranking(images_BD, texts_BD, 0.3, rows_B)
+        (contrast.loss + target.loss + ranked.loss).backward()
         found |= {f"{step} itc": contrast.loss.detach(), f"{step} ctl": target.loss.detach()}
+        found |= {f"{step} ranking": ranked.loss.detach(), f"{step} ranked": ranked.text_accuracy.double()}
         found |= {f"{step} weight": layer.weight.grad, f"{step} bias": layer.bias.grad, f"{step} scale": scale.grad}
     return {name: tensor.clone() for name, tensor in found.items()}
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from emkum.errors import UnsupportedNetwork
 from emkum.models.audio import AudioBackbone, AudioSpec, alibi_slopes
-from emkum.models.audio_pass import AudioPass, first_target_block
+from emkum.models.audio_pass import AudioPass
 from emkum.models.catalogue import load_network
 from emkum.models.families import data2vec_audio
 from emkum.models.families.checkpoint import of_tensors
 from emkum.models.families.registry import CATALOGUE, read_backbone
 from emkum.models.network import Network, load_saved, save_network
-from emkum.models.passes import Wanted
+from emkum.models.passes import Wanted, default_rule
 
 RATE = 16_000
 _, SECOND = data2vec_audio.FAMILIES
@@ -357,10 +357,10 @@ def tiny(depth: int = 10, prenet: int = 0, seed: int = 0) -> Network:
 WANTED = [Wanted("tiny", "mean"), Wanted("tiny", "layers"), Wanted("tiny", "patches")]
 
 
-@pytest.mark.parametrize(("depth", "prenet", "first"), [(10, 0, 2), (10, 4, 4), (3, 0, 0)])
+@pytest.mark.parametrize(("depth", "prenet", "first"), [(10, 0, 2), (10, 4, 4), (12, 2, 2), (3, 0, 0)])
 def test_targets_against_a_plain_float64_reference(depth: int, prenet: int, first: int) -> None:
     network = tiny(depth, prenet)
-    assert first_target_block(audio_backbone(network)) == first
+    assert default_rule(network).counted(depth) == range(first, depth)
     state = original(blocks=depth - prenet, prenet=prenet)
     waves = clips(6_000, 2_000, 400)
     said = AudioPass([network], WANTED, "float32", "cpu").sounds(*padded(waves))

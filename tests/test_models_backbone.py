@@ -55,9 +55,50 @@ def test_a_spec_goes_through_json_unchanged(spec: BackboneSpec) -> None:
 
 def test_every_field_of_a_spec_survives_json_and_an_unknown_one_is_refused() -> None:
     found = IMAGE.to_json()
-    assert set(found) == {field.name for field in dataclasses.fields(BackboneSpec)}
+    later = {field.name for field in dataclasses.fields(BackboneSpec)} - set(found)
+    for name in later:  # written as soon as it says something
+        changed = copy.copy(IMAGE)
+        object.__setattr__(changed, name, "other")
+        assert changed.to_json() == found | {name: "other"}
     with pytest.raises(UnsupportedNetwork, match=r"unknown keys \['rotary'\]"):
         BackboneSpec.from_json(found | {"rotary": True})
+
+
+# As emkum 0.2 wrote them: hashed into the fingerprint of every field it extracted.
+DINOV2_JSON = (
+    '{"activation":"gelu","depth":12,"eps":1e-06,"family":"dinov2","final_norm":true,"heads":6,"image_size":518,'
+    '"kind":"transformer","layer_scale":true,"max_positions":0,"mlp_width":1536,"modality":"image","norm_order":"pre",'
+    '"num_registers":0,"pad_id":0,"patch":14,"patch_bias":true,"position":"absolute","position_antialias":false,'
+    '"position_from_mask":false,"position_offset":0,"pre_norm":false,"qkv_bias":"all","relative_bias":"none",'
+    '"token_types":0,"vocab_size":0,"width":384}'
+)
+BERT_JSON = (
+    '{"activation":"gelu","depth":12,"eps":1e-12,"family":"bert","final_norm":false,"heads":12,"image_size":0,'
+    '"kind":"transformer","layer_scale":false,"max_positions":512,"mlp_width":3072,"modality":"text",'
+    '"norm_order":"post","num_registers":0,"pad_id":0,"patch":0,"patch_bias":true,"position":"absolute",'
+    '"position_antialias":false,"position_from_mask":false,"position_offset":0,"pre_norm":true,"qkv_bias":"all",'
+    '"relative_bias":"none","token_types":2,"vocab_size":30522,"width":768}'
+)
+DINOV2_STACK_JSON = (
+    '{"block":{"activation":"gelu","eps":1e-06,"heads":6,"layer_scale":true,"mlp_width":1536,"norm_order":"pre",'
+    '"qkv_bias":"all","width":384},"depth":12,"grid":[0,0],"relative_bias":"none"}'
+)
+
+
+def test_the_json_of_the_first_architectures_stays_as_it_was_to_the_byte() -> None:
+    def text(found: object) -> str:
+        return json.dumps(found, sort_keys=True, separators=(",", ":"))
+
+    dinov2 = BackboneSpec(
+        "dinov2", "image", 12, width=384, heads=6, mlp_width=1536, layer_scale=True, patch=14, image_size=518
+    )
+    bert = BackboneSpec("bert", "text", 12, width=768, heads=12, mlp_width=3072, vocab_size=30522, max_positions=512)
+    bert = dataclasses.replace(bert, norm_order="post", eps=1e-12, pre_norm=True, final_norm=False, token_types=2)
+    assert text(dinov2.to_json()) == DINOV2_JSON
+    assert text(bert.to_json()) == BERT_JSON
+    assert text(dinov2.stack.to_json()) == DINOV2_STACK_JSON
+    assert BackboneSpec.from_json(json.loads(BERT_JSON)) == bert
+    assert StackSpec.from_json(json.loads(DINOV2_STACK_JSON)) == dinov2.stack
 
 
 def test_an_impossible_spec_is_refused() -> None:

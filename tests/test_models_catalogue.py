@@ -15,11 +15,13 @@ import torch
 import transformers
 from huggingface_hub import errors
 
-from emkum.errors import UnknownNetwork, WeightsUnavailable
+from emkum.errors import UnknownNetwork, UnsupportedNetwork, UsageError, WeightsUnavailable
 from emkum.models import fetch
-from emkum.models.catalogue import load_network
+from emkum.models.catalogue import entry_folder, load_network
 from emkum.models.families.registry import CATALOGUE, FAMILIES
 from emkum.models.network import network_name, save_network
+from emkum.models.sources import read_source
+from emkum.models.supervision import LABELS, TEXT
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -72,22 +74,47 @@ def cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_every_entry_says_all_that_is_asked_of_it() -> None:
-    families = {family.name: family for family in FAMILIES}
+    families = {(family.name, family.modality) for family in FAMILIES}
     for name, entry in CATALOGUE.items():
         assert entry.name == name == network_name(name)
         assert entry.source or entry.package
-        assert families[entry.family].modality == entry.modality
+        assert (entry.family, entry.modality) in families
         assert entry.licence
         assert entry.width > 0 <= entry.depth
-        assert (entry.patch > 0) == (entry.modality == "image")
-        assert set(entry.targets) <= {"cls", "patches", "layers", "logits", "mean"}
+        assert (entry.patch > 0) == (entry.modality in ("image", "pair"))
+        assert (entry.tokens > 0) == (entry.modality != "audio")
+        assert set(entry.targets) <= {"cls", "patches", "mean", "layers", "logits"}
+        assert set(entry.supervision.split("+")) <= {"none", "unknown"} | LABELS | TEXT
+        assert (entry.classes > 0) == ("logits" in entry.targets)
         assert entry.targets
-        assert ("logits" in entry.targets) == (entry.supervision == "class_labels")
+        assert "logits" not in entry.targets or entry.supervision == "class_labels"
+
+
+def test_every_family_says_what_it_is() -> None:
+    for family in FAMILIES:
+        assert len(family.phrase) > 10, f"{family.name}: Family.phrase is shown by `emkum teachers`"
+
+
+def test_no_two_files_behind_urls_meet_in_one_place() -> None:
+    places: dict[str, str] = {}
+    for entry in CATALOGUE.values():
+        for url in (entry.source, *entry.companions):
+            if url.startswith("https://"):
+                place = f"{entry_folder(entry)}/{url.rpartition('/')[2]}"
+                assert places.setdefault(place, url) == url
+
+
+def test_towers_of_one_file_share_its_place() -> None:
+    folders: dict[str, set[str]] = {}
+    for entry in CATALOGUE.values():
+        folders.setdefault(entry.source, set()).add(entry_folder(entry))
+    assert all(len(found) == 1 for found in folders.values())
 
 
 def test_the_names_promised_are_there() -> None:
     names = """beit beit2 beit2-300e data2vec-vision dino-s16 dino-s8 dino-b16 dino-b8 dinov2-s dinov2-b dinov2-l
     dinov2-s-reg dinov2-b-reg dinov2-l-reg beit2-large
+    beit2-ft resnet50-a1 data2vec2-image data2vec2-text beit3 beit3-text vlmo flava flava-text mae-b dinov3-b
     clip-b32 clip-b16 clip-l14 resnet50 resnet101 bert-base roberta-base data2vec-text minilm
     dinov2-s-imgfocus"""
     assert set(names.split()) <= set(CATALOGUE)
@@ -103,6 +130,54 @@ def test_a_catalogue_name_and_its_hub_id_are_the_same_network_under_the_same_nam
     assert by_name.weights_sha256 == by_id.weights_sha256
     assert {(repo, revision) for repo, _, revision in hub} == {("facebook/dinov2-small", COMMIT)}
     assert {name for _, name, _ in hub} == {"config.json", "model.safetensors"}
+
+
+def test_a_revision_pins_a_catalogue_name_as_it_does_a_hub_id(
+    hub: list[tuple[str, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+    answer = huggingface_hub.HfApi.model_info
+
+    def model_info(self: Any, repo: str, revision: str | None = None, timeout: float | None = None) -> Any:
+        asked.append((repo, revision))
+        return answer(self, repo, revision=revision, timeout=timeout)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    for source in ("dinov2-s@v1.0", "facebook/dinov2-small@v1.0"):
+        network = load_network(source)
+        assert (network.name, network.revision, network.supervision) == ("dinov2-s", COMMIT, "none")
+    assert asked == [("facebook/dinov2-small", "v1.0")] * 2
+    pinned = dataclasses.replace(CATALOGUE["dinov2-s"], revision="abc")
+    monkeypatch.setitem(CATALOGUE, "dinov2-s", pinned)
+    load_network("dinov2-s")
+    load_network("facebook/dinov2-small")
+    load_network("dinov2-s@def")
+    assert [revision for _, revision in asked[2:]] == ["abc", "abc", "def"]
+
+
+def test_what_has_no_revisions_says_so() -> None:
+    with pytest.raises(UsageError, match="beit2@v1: beit2 is a file behind a URL") as caught:
+        load_network("beit2@v1")
+    assert "pin the file: https://" in caught.value.way_out
+    assert "#sha256=" in caught.value.way_out
+    with pytest.raises(UsageError, match="dinov2-s-imgfocus comes in a package and has no revisions"):
+        load_network("dinov2-s-imgfocus@v1")
+
+
+def test_a_tower_that_is_not_there_is_refused_before_anything_is_fetched() -> None:
+    with pytest.raises(UnsupportedNetwork, match="dinov2-s has no tower text") as caught:
+        load_network("dinov2-s#text")
+    assert caught.value.way_out.startswith("leave #text out")
+
+
+def test_a_name_with_a_tower_is_the_entry_of_that_tower() -> None:
+    assert read_source("clip-b16#text").entry == CATALOGUE["clip-b16-text"]
+    assert read_source("openai/clip-vit-base-patch16#text").entry == CATALOGUE["clip-b16-text"]
+    assert read_source("clip-b16@v1#text") == dataclasses.replace(
+        read_source("clip-b16#text"), asked="clip-b16@v1#text", revision="v1"
+    )
+    assert read_source("openai/clip-vit-base-patch16").entry == CATALOGUE["clip-b16"]
+    assert read_source(CATALOGUE["beit2"].source).entry == CATALOGUE["beit2"]
 
 
 def test_a_hub_id_outside_the_catalogue_is_named_after_its_repository(hub: list[tuple[str, str, str]]) -> None:

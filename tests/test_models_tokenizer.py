@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from emkum.errors import UnsupportedNetwork, UsageError, WeightsUnavailable
+from emkum.models.sentencepieces import EosPolicy, tokenizer_of
 from emkum.models.tokenizer import pad_id, read_tokenizer, text_ids
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "runs", "##ning", "run", "on", "grass"]
@@ -120,3 +123,80 @@ def test_no_tokenizer_and_a_broken_one_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UnsupportedNetwork, match="cannot be read"):
         read_tokenizer(tmp_path)
+
+
+def trained_spm(path: Path) -> Path:
+    """A tiny sentencepiece model at `path`, with the special pieces where fairseq expects them."""
+    import sentencepiece
+
+    captions = ["a dog runs on grass", "two dogs run", "a cat sleeps on a mat", "the grass is green", "a running cat"]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions * 4), model_writer=model, vocab_size=28, minloglevel=2
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+CAPTIONS = ["a dog runs", "Ünknown zebras on grass", "", "the " * 100, "two  dogs\trun "]
+
+
+@pytest.mark.parametrize("eos_policy", ["keep", "drop"])
+def test_sentencepieces_are_numbered_as_fairseq_does(eos_policy: EosPolicy, tmp_path: Path) -> None:
+    path = trained_spm(tmp_path / "beit3.spm")
+    tokenizer = tokenizer_of(path, eos_policy)
+    ids, length = text_ids(tokenizer, CAPTIONS, 20)
+    assert ids.shape == (5, 32)
+    assert pad_id(tokenizer) == 1
+    theirs = SentencePieceProcessor(model_file=str(path))
+    unknown_seen = False
+    for row, caption in enumerate(CAPTIONS):
+        pieces = theirs.encode_as_pieces(caption)
+        numbers = [theirs.piece_to_id(piece) for piece in pieces]
+        numbers = [3 if number == 0 else number + 1 for number in numbers]
+        unknown_seen = unknown_seen or 3 in numbers
+        last = [2] if eos_policy == "keep" else []
+        expected = [0, *numbers[: 19 - len(last)], *last]
+        assert ids[row].tolist() == expected + [1] * (32 - len(expected))
+        assert length[row] == len(expected)
+    assert unknown_seen
+    assert length[2] == 1 + (eos_policy == "keep")
+    assert length[3] == 20
+
+
+def test_the_eos_policy_is_part_of_the_tokenizers_bytes_and_the_same_file_gives_the_same(tmp_path: Path) -> None:
+    path = trained_spm(tmp_path / "beit3.spm")
+    assert tokenizer_of(path) == tokenizer_of(path, "keep") != tokenizer_of(path, "drop")
+    kept = json.loads(tokenizer_of(path))
+    assert {key: kept[key] for key in ("type", "offset", "bos", "pad", "eos", "unk", "eos_policy")} == {
+        "type": "sentencepiece", "offset": 1, "bos": 0, "pad": 1, "eos": 2, "unk": 3, "eos_policy": "keep",
+    }  # fmt: skip
+
+
+def test_a_kept_tokenizer_of_sentencepiece_is_read_from_a_folder(tmp_path: Path) -> None:
+    content = tokenizer_of(trained_spm(tmp_path / "beit3.spm"))
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    assert read_tokenizer(tmp_path) == content
+
+
+def test_sentencepieces_need_room_beside_their_special_tokens(tmp_path: Path) -> None:
+    path = trained_spm(tmp_path / "beit3.spm")
+    with pytest.raises(UsageError, match="at most 2 tokens, of which 2 are special"):
+        text_ids(tokenizer_of(path), ["dog"], 2)
+    assert text_ids(tokenizer_of(path, "drop"), ["dog"], 2)[1].tolist() == [2]
+    with pytest.raises(UsageError, match="at most 1 tokens, of which 1 are special"):
+        text_ids(tokenizer_of(path, "drop"), ["dog"], 1)
+
+
+def test_a_torn_model_of_sentencepiece_and_a_torn_wrapper_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "beit3.spm"
+    path.write_bytes(b"no model")
+    with pytest.raises(UnsupportedNetwork, match=r"beit3\.spm cannot be read"):
+        tokenizer_of(path)
+    path.write_bytes(b"")
+    with pytest.raises(UnsupportedNetwork, match=r"beit3\.spm cannot be read: an empty model"):
+        tokenizer_of(path)
+    kept = json.loads(tokenizer_of(trained_spm(path)))
+    for broken in ({"model": "%%%"}, {"eos_policy": "perhaps"}, {"offset": None}):
+        with pytest.raises(UnsupportedNetwork, match="a tokenizer of sentencepiece cannot be read"):
+            text_ids(json.dumps(kept | broken).encode(), ["dog"], 16)

@@ -23,13 +23,16 @@ RECIPES = [
     ("cls-mse", [], {"activation_checkpointing": True}),
     ("image-kd", [], {}),
     ("text-kd", ["training.batch=4", "training.accumulate=2"], {}),
+    ("shre", ["objectives.ranking.layers=all"], {}),
+    ("shre-transformer", ["training.batch=4", "training.accumulate=2"], {"chunk": 3}),
 ]
+FIELDS = ("tokens", "ids", "cls", "layers", "text_layers", "logits")
 
 
 @pytest.fixture(scope="module", params=["float32", "int8"])
 def cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> TinyCache:
     folder = tmp_path_factory.mktemp("waiting")
-    return make_cache(folder / "cache", pictures=40, cut=1, storage=request.param)
+    return make_cache(folder / "cache", pictures=40, cut=1, storage=request.param, fields=FIELDS)
 
 
 @pytest.fixture

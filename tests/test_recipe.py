@@ -38,6 +38,7 @@ class FakeCache:
 
 
 TOKENS, IDS, CLS = "image/dinov2-s@6/tokens", "text/minilm/ids", "teacher/dinov2-s/image/cls"
+LOGITS = "teacher/resnet50-a1/image/logits"
 LAYERS, TEXT_LAYERS = "teacher/dinov2-s/image/layers", "teacher/minilm/text/layers"
 
 
@@ -52,8 +53,9 @@ def message(error: pytest.ExceptionInfo[EmkumError]) -> str:
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def test_the_five_recipes_ship() -> None:
-    assert shipped_recipes() == ["cls-mse", "image-kd", "itc-only", "ssmke", "text-kd"]
+def test_the_recipes_that_ship() -> None:
+    expected = ["cls-mse", "image-kd", "itc-only", "shre", "shre-transformer", "ssmke", "text-kd"]
+    assert shipped_recipes() == expected
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -113,8 +115,8 @@ def test_an_objective_is_taken_out_with_none_and_put_in_by_any_of_its_keys() -> 
 @pytest.mark.parametrize(
     ("name", "override", "kind", "expected"),
     [
-        ("smke", "", UnknownRecipe, "UnknownRecipe: no such recipe: smke (shipped: cls-mse, image-kd, itc-only, ssmke, "
-         "text-kd) | did you mean ssmke?"),
+        ("smke", "", UnknownRecipe, "UnknownRecipe: no such recipe: smke (shipped: cls-mse, image-kd, itc-only, shre, "
+         "shre-transformer, ssmke, text-kd) | did you mean ssmke?"),
         ("no.toml", "", UnknownRecipe, "UnknownRecipe: no such file: no.toml (shipped: "),
         ("ssmke", "optimizer.lr=1", UnknownRecipe,
          "UnknownRecipe: recipe ssmke has no key optimizer | did you mean optimiser?"),
@@ -133,7 +135,23 @@ def test_an_objective_is_taken_out_with_none_and_put_in_by_any_of_its_keys() -> 
         ("ssmke", "training", UsageError, "--set training is not path=value | for example --set training.batch=128"),
         ("ssmke", "training.batch.size=5", UsageError, "--set training.batch.size=5: batch is a value, not a table"),
         ("ssmke", "objectives.layers-mse.weight=1", UsageError,
-         "recipe ssmke: objectives.layers_mse is not for kind pairs | pairs take itc, ctl, cls_mse"),
+         "ssmke: objectives.layers_mse is not for kind pairs | pairs take itc, ctl, cls_mse, logits_kl, ranking"),
+        ("ssmke", "objectives.logits-kl.weight=1", UsageError,
+         "recipe ssmke: objectives.ctl reads cls, objectives.logits_kl reads logits, and a recipe has one target | "
+         "take one out: --set objectives.logits_kl=none"),
+        ("image-kd", "objectives.logits-kl.weight=1", UsageError,
+         "objectives.layers_mse reads layers, objectives.logits_kl reads logits, and a recipe has one target"),
+        ("image-kd", "objectives.ranking.margin=0.1", UsageError, "objectives.ranking is not for kind images"),
+        ("shre", "objectives.ranking.margin=3", UsageError, "objectives.ranking.margin = 3 is not within 0 and 2"),
+        ("shre", "objectives.logits-kl.temperature=0", UsageError, "temperature = 0 is not within 0.01 and 100"),
+        ("image-kd", "student.shared=mlp", UsageError,
+         "recipe image-kd: student.shared = 'mlp' is for pairs | leave student.shared out"),
+        ("shre", "student.shared_blocks=2", UsageError,
+         "recipe shre: student.shared_blocks = 2 has no effect: student.shared = 'mlp' takes the place of the blocks | "
+         "leave student.shared_blocks out, or --set student.shared=blocks"),
+        ("shre", "student.shared=blocks", UsageError,
+         "recipe shre: objectives.itc.layers = 'all' has no effect: student.shared = 'blocks' has one output | --set "
+         'objectives.itc.layers=last, or student.shared="mlp" or "attention-mlp"'),
         ("itc-only", "objectives.itc=none", UsageError, "recipe itc-only has no objective | pairs take"),
         ("image-kd", "objectives.itc.weight=1", UsageError, "objectives.itc is not for kind images"),
         ("image-kd", "student.head_width=8", UsageError, "student.head_width is for pairs"),
@@ -174,6 +192,15 @@ def test_auto_takes_the_only_fields_that_fit() -> None:
     assert not found.live_prefix
 
 
+@pytest.mark.parametrize("recipe", ["shre", "shre-transformer"])
+def test_shre_reads_the_logits_of_a_classifier(recipe: str) -> None:
+    found = required_fields(load_recipe(recipe), cache(TOKENS, IDS, CLS, LOGITS))  # type: ignore[arg-type]
+    assert found == FieldNames(TOKENS, "dinov2-s", 6, IDS, LOGITS)
+    alone = ["objectives.layers-mse=none", "objectives.logits-kl.weight=1"]
+    pictures = required_fields(load_recipe("image-kd", alone), cache(TOKENS, LAYERS, LOGITS))  # type: ignore[arg-type]
+    assert pictures.needed() == (TOKENS, LOGITS)
+
+
 def test_a_recipe_without_teacher_needs_no_target() -> None:
     assert required_fields(load_recipe("itc-only"), cache(TOKENS, IDS, CLS)).targets is None  # type: ignore[arg-type]
 
@@ -198,6 +225,13 @@ def test_crops_go_through_the_only_image_network_the_cache_keeps() -> None:
          "MissingField: recipe ssmke needs a teacher's cls targets; the cache shards has image/dinov2-s@6/tokens, "
          "text/minilm/ids | make it: emkum extract --cache shards --split train --data <tars> "
          "--teacher <image network> --targets cls --encoder dinov2-s --cut 6 --text-encoder minilm"),
+        ("shre", [], cache(TOKENS, IDS, CLS), MissingField,
+         "MissingField: recipe shre needs a teacher's logits targets; the cache shards has image/dinov2-s@6/tokens, "
+         "teacher/dinov2-s/image/cls, text/minilm/ids | make it: emkum extract --cache shards --split train --data "
+         "<tars> --teacher <image classifier> --targets logits --encoder dinov2-s --cut 6 --text-encoder minilm"),
+        ("shre", [f"data.targets={CLS}"], cache(TOKENS, IDS, CLS, LOGITS), UsageError,
+         f"data.targets = {CLS} is not a teacher's logits targets (teacher/<network>/image/logits[-top]) | choose one "
+         f"that fits: --set data.targets={LOGITS}"),
         ("ssmke", [], cache(IDS, CLS), MissingField, "recipe ssmke needs image inputs; the cache shards has teacher/"),
         ("ssmke", [], cache(TOKENS, CLS), MissingField, "needs token ids of the texts"),
         ("text-kd", [], cache(IDS), MissingField, "--teacher <text network> --targets layers"),
@@ -252,6 +286,9 @@ def test_the_command_that_is_named_repeats_how_the_cache_was_made(tmp_path: Path
     [
         (cache(TOKENS, IDS, CLS, LAYERS), "ssmke"),
         (cache("image/crops-224", IDS, CLS), "ssmke"),
+        (cache(TOKENS, IDS, CLS, LOGITS), "ssmke"),
+        (cache(TOKENS, IDS, LOGITS, LAYERS), "shre-transformer"),
+        (cache(TOKENS, IDS, LOGITS, LAYERS, paired=False), "image-kd"),
         (cache(TOKENS, IDS), "itc-only"),
         (cache(TOKENS, LAYERS), "image-kd"),
         (cache(IDS, TEXT_LAYERS), "text-kd"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from emkum.models import targets
 from emkum.models.backbone import Backbone, BackboneSpec
 from emkum.models.network import Network, network_files, normalise, weights_digest
 from emkum.models.preprocessing import Preprocessing
+from emkum.models.resnet import ResNet, ResNetSpec
 from emkum.shards.codec import encode
 from emkum.shards.fingerprint import Fingerprint
 from emkum.shards.layout import FieldSpec
@@ -22,7 +24,8 @@ from emkum.shards.tars import PictureMember, SourceSample, SourceTar
 from emkum.shards.views import ViewPolicy
 from emkum.shards.writer import CacheWriter
 
-SIZE, PATCH, WIDTH, TEXT_WIDTH, POSITIONS, VOCABULARY = 16, 8, 16, 12, 16, 40
+SIZE, PATCH, WIDTH, TEXT_WIDTH, POSITIONS, VOCABULARY, CLASSES = 16, 8, 16, 12, 16, 40, 7
+TOP = 2  # of the classes
 NUM_TOKENS = 1 + (SIZE // PATCH) ** 2
 
 
@@ -61,6 +64,19 @@ def tiny_network(name: str, modality: str, seed: int = 0, depth: int = 4, **chan
     )
 
 
+def tiny_classifier(name: str, seed: int = 2, classes: int = CLASSES) -> Network:
+    """A random ResNet of two layers whose logits differ from picture to picture."""
+    backbone = ResNet(ResNetSpec(4, (8, 16), (1, 1), layer="basic", num_classes=classes))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 3 * parameter[0].numel() ** -0.5, generator=generator)
+    backbone.eval().requires_grad_(False)
+    network = tiny_network(name, "image")
+    return replace(network, family="resnet", backbone=backbone, weights_sha256=weights_digest(backbone))
+
+
 @dataclass(frozen=True)
 class TinyCache:
     """Where it lies, and what it was made from."""
@@ -83,6 +99,7 @@ def make_cache(
     quarantined: Sequence[int] = (),
     rows_per_block: int = 16,
     skipped_blocks: Sequence[tuple[str, int]] = (),
+    environment: Mapping[str, object] = MappingProxyType({}),
     seed: int = 0,
 ) -> TinyCache:
     """A cache with splits train and val.
@@ -108,7 +125,10 @@ def make_cache(
                 spec.kind, spec.storage, spec.row_shape, weights=encoder.weights_sha256, size=SIZE, compute="float32"
             )
             writer.declare_field(
-                spec, fingerprint, {"source": f"random:{name}"}, writer_statistics(writer, spec, statistics)
+                spec,
+                fingerprint,
+                {"source": f"random:{name}", **environment},
+                writer_statistics(writer, spec, statistics),
             )
             writer.grow_field(spec, num_views)
             skipped = [block for word, block in skipped_blocks if spec.name.endswith(word)]
@@ -158,10 +178,17 @@ def _fields(fields, storage, cut, encoder, text_encoder, crops_NVHWC, captions, 
             "cls": ("teacher/tinyvit/image/cls", "pooled", targets.cls(final)),
             "layers": ("teacher/tinyvit/image/layers", "tokens", targets.layers(hidden, None, True)),
         }
+        if "logits" in fields or "logits-top" in fields:
+            resnet = tiny_classifier("tinyresnet")
+            logits = resnet.backbone.logits(resnet.backbone.embed(normalise(resnet, flat)))  # type: ignore[operator]
+            found["logits"] = ("teacher/tinyresnet/image/logits", "pooled", logits)
+            top = targets.packed(targets.top_logits(logits, TOP))
+            found["logits-top"] = ("teacher/tinyresnet/image/logits-top", "top_logits", top)
         for word, (name, kind, values) in found.items():
             if word in fields:
                 array = values.unflatten(0, shape).numpy()
-                yield word, FieldSpec(name, kind, storage, array.shape[2:]), array, None
+                row_shape = (TOP + 1,) if kind == "top_logits" else array.shape[2:]  # and their classes
+                yield word, FieldSpec(name, kind, storage, row_shape), array, None
         if "crops" in fields:
             yield "crops", FieldSpec(f"image/crops-{SIZE}", "crops", "uint8", (SIZE, SIZE, 3)), crops_NVHWC, None
         num_texts = shape[0] * captions
@@ -221,5 +248,8 @@ def _encoded(one, spec, statistics, length):  # type: ignore[no-untyped-def]
         from emkum.shards.codec import Encoded, Summary
 
         return Encoded(one, None, length, Summary())
+    if spec.kind == "top_logits":
+        count = spec.row_shape[0]
+        return replace(encode(one[:, :count], spec.storage), classes=one[:, count:].astype(np.int32))
     mean, std = statistics or (None, None)
     return encode(one, spec.storage, mean, std, length)

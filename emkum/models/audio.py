@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -202,21 +202,24 @@ class AudioBackbone(nn.Module):
         return found
 
     def run(
-        self,
-        tokens_BTD: Tensor,
-        start: int = 0,
-        stop: int | None = None,
-        mask_BT: Tensor | None = None,
-        *,
-        keep_ffn: bool = True,
+        self, tokens_BTD: Tensor, start: int = 0, stop: int | None = None, mask_BT: Tensor | None = None
     ) -> BlocksOut:
         """Blocks start..stop (exclusive; None: to the end) on tokens of cut `start`."""
+        out = BlocksOut([], [])
+        for hidden_BTD, ffn_BTD in self.each_block(tokens_BTD, start, stop, mask_BT):
+            out.hidden.append(hidden_BTD)
+            out.ffn.append(ffn_BTD)
+        return out
+
+    def each_block(
+        self, tokens_BTD: Tensor, start: int = 0, stop: int | None = None, mask_BT: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `run`, block by block: its output in float32, and that of its feed-forward network."""
         stop = self.depth if stop is None else stop
         if not 0 <= start <= stop <= self.depth:
             raise ValueError(f"blocks {start} to {stop} of a stack of {self.depth}")
         if mask_BT is not None and bool(mask_BT.all()):
             mask_BT = None  # one bias then serves the whole batch
-        out = BlocksOut([], [])
         bias: Tensor | None = None
         for index in range(start, stop):
             if self.alibi_scales is not None and (bias is None or len(self.alibi_scales) > 1):
@@ -225,10 +228,7 @@ class AudioBackbone(nn.Module):
             assert isinstance(block, Block)
             tokens_BTD, ffn_BTD = block(tokens_BTD, bias, mask_BT)
             tokens_BTD = tokens_BTD.float()
-            out.hidden.append(tokens_BTD)
-            if keep_ffn:
-                out.ffn.append(ffn_BTD)
-        return out
+            yield tokens_BTD, ffn_BTD
 
     def finish(self, tokens_BTD: Tensor) -> Tensor:
         """Nothing: post-norm blocks end in a norm."""

@@ -5,7 +5,7 @@ B batch, S samples of the wave, T frames, D width of a network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,10 +15,12 @@ from emkum.errors import UnsupportedNetwork, UsageError
 from emkum.models import targets
 from emkum.models.audio import AudioBackbone, AudioSpec
 from emkum.models.network import Network
-from emkum.models.passes import Wanted
+from emkum.models.passes import Wanted, check_rule, default_rule
+from emkum.models.targets import LayersMean, LayersRule
 
 AUDIO_TARGETS = ("mean", "layers", "patches")
-LAST_BLOCKS = 8  # whose feed-forward outputs make the target of data2vec and data2vec 2 for sounds
+AUDIO_OUTPUTS = {"mean": "mean over the frames after the last block", "patches": "frames after the last block"}
+"""What of a network is kept, in words; part of the fingerprint. `layers` has the words of its rule."""
 
 
 class AudioPass:
@@ -37,6 +39,12 @@ class AudioPass:
                     f"target {want.what} of {want.network}, which hears sounds",
                     f"choose from {', '.join(AUDIO_TARGETS)}",
                 )
+        self._rules: dict[Wanted, LayersRule] = {}
+        for network in used:
+            for want in self.wanted:
+                if (want.network, want.what) == (network.name, "layers"):
+                    self._rules[want] = want.rule or default_rule(network)
+                    check_rule(network, self._rules[want])
         self.networks = {n.name: n.placed(self.device, getattr(torch, compute)) for n in used}
 
     def only(self, wanted: Sequence[Wanted]) -> AudioPass | None:
@@ -93,7 +101,7 @@ class AudioPass:
             here = [want for want in chosen if want.network == name]
             assert isinstance(network.backbone, AudioBackbone)
             if here:
-                results |= _run(network.backbone, waves_BS, num_samples_B, here)
+                results |= _run(network.backbone, waves_BS, num_samples_B, here, self._rules)
         return [results[want] for want in chosen]
 
 
@@ -103,42 +111,22 @@ def _spec(network: Network) -> AudioSpec:
 
 
 def _run(
-    backbone: AudioBackbone, waves_BS: Tensor, num_samples_B: Sequence[int], wanted: Sequence[Wanted]
+    backbone: AudioBackbone,
+    waves_BS: Tensor,
+    num_samples_B: Sequence[int],
+    wanted: Sequence[Wanted],
+    rules: Mapping[Wanted, LayersRule],
 ) -> dict[Wanted, Tensor]:
     tokens_BTD, mask_BT = backbone.embed(waves_BS, num_samples_B)
-    first = first_target_block(backbone)
-    with_layers = any(want.what == "layers" for want in wanted)
-    tokens_BTD = backbone.run(tokens_BTD, 0, first, mask_BT, keep_ffn=False).hidden[-1] if first else tokens_BTD
-    out = backbone.run(tokens_BTD, first, None, mask_BT, keep_ffn=with_layers)
-    final_BTD = backbone.finish(out.hidden[-1]).masked_fill(~mask_BT[..., None], 0)
-    found: dict[Wanted, Tensor] = {}
+    means = {want: LayersMean(rules[want], mask_BT) for want in wanted if want.what == "layers"}
+    for index, (hidden_BTD, ffn_BTD) in enumerate(backbone.each_block(tokens_BTD, mask_BT=mask_BT)):
+        tokens_BTD = hidden_BTD
+        for mean in means.values():
+            if index in mean.rule.counted(backbone.depth):
+                mean.add(hidden_BTD if mean.rule.site == "block" else ffn_BTD)
+    final_BTD = backbone.finish(tokens_BTD).masked_fill(~mask_BT[..., None], 0)
+    found = {want: mean.result() for want, mean in means.items()}
     for want in wanted:
-        if want.what == "layers":
-            found[want] = targets.layers(out.ffn, mask_BT, final_layer_norm=False)
-        elif want.what == "mean":
-            found[want] = final_BTD.sum(1) / mask_BT.sum(1, keepdim=True).clamp(min=1)
-        else:
-            found[want] = final_BTD
+        if want.what != "layers":
+            found[want] = targets.mean(final_BTD, mask_BT=mask_BT) if want.what == "mean" else final_BTD
     return found
-
-
-def first_target_block(backbone: AudioBackbone) -> int:
-    """The first block whose feed-forward output is part of `layers`.
-
-        Y = mean_l IN(F_l)    over the last K = 8 blocks, those of the prenet left out
-
-    F_l: output of the feed-forward network before the residual; IN over the real frames of the clip, per channel; no
-    norm afterwards. data2vec (arXiv:2202.03555, base_librispeech: average_top_k_layers 8) and data2vec 2
-    (arXiv:2212.07525, base_audio_only_task: average_top_k_layers 8, instance_norm_target_layer).
-    """
-    return max(backbone.spec.prenet, backbone.depth - LAST_BLOCKS)
-
-
-def output_in_words(backbone: AudioBackbone, what: str) -> str:
-    """What of the network is kept; part of the fingerprint."""
-    count = backbone.depth - first_target_block(backbone)
-    return {
-        "mean": "mean over the frames after the last block",
-        "patches": "frames after the last block",
-        "layers": f"mean over the last {count} blocks of instance-normalised feed-forward outputs",
-    }[what]

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from emkum.errors import UnsupportedNetwork, UsageError
-from emkum.models.blocks import Activation, Block, BlockSpec, NormOrder, QkvBias, compute_dtype, in_type_of
-from emkum.models.positions import Grid, Memo, RelativeBias, interpolate_positions
+from emkum.models.blocks import Activation, Block, BlockSpec, NormOrder, QkvBias, compute_dtype, in_type_of, spec_json
+from emkum.models.positions import Grid, Memo, RelativeBias, interpolate_positions, rotary_table
 
 Modality = Literal["image", "text", "audio", "pair"]  # pair: a picture with a caption
 Position = Literal["absolute", "none"]
 SharedOrNot = Literal["none", "shared", "per_block"]
+Pooled = Literal["first", "eos", "highest"]
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,23 @@ class BlocksOut:
 
 @dataclass(frozen=True)
 class StackSpec:
-    """Blocks of one kind. With a relative bias, `grid` is that of its tables and CLS is the only prefix."""
+    """Blocks of one kind. With a relative bias, `grid` is that of its tables and CLS is the only prefix.
+
+    words: the grid is one row, of a text. rotary_base: of the periods of rotary positions; 0: none. num_prefix: with
+    rotary positions, the tokens before the patches.
+    """
 
     block: BlockSpec
     depth: int
     relative_bias: SharedOrNot = "none"
     grid: Grid = (0, 0)
+    words: bool = False
+    rotary_base: float = 0.0
+    num_prefix: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types."""
-        return dataclasses.asdict(self) | {"grid": list(self.grid)}
+        return spec_json(self, _FIRST_STACK_FIELDS) | {"block": self.block.to_json(), "grid": list(self.grid)}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> StackSpec:
@@ -61,7 +69,8 @@ class BlockStack(nn.Module):
         self.checkpointing = False  # recompute activations in the backward pass: less memory, a third more time
         self.blocks = nn.ModuleList(Block(spec.block) for _ in range(spec.depth))
         num_biases = {"none": 0, "shared": 1, "per_block": spec.depth}[spec.relative_bias]
-        self.biases = nn.ModuleList(RelativeBias(spec.grid, spec.block.heads) for _ in range(num_biases))
+        biases = (RelativeBias(spec.grid, spec.block.heads, spec.words) for _ in range(num_biases))
+        self.biases = nn.ModuleList(biases)
 
     @property
     def depth(self) -> int:
@@ -104,8 +113,10 @@ class BlockStack(nn.Module):
         stop = self.depth if stop is None else stop
         if not 0 <= start <= stop <= self.depth:
             raise ValueError(f"blocks {start} to {stop} of a stack of {self.depth}")
-        if self.biases and grid is None:
-            grid = square_grid(tokens_BTD.shape[1] - 1)
+        if (self.biases or self.spec.rotary_base) and grid is None:
+            num_others = tokens_BTD.shape[1] - self.spec.num_prefix
+            grid = (1, num_others) if self.spec.words else square_grid(num_others)
+        turns = self._turns(grid, tokens_BTD) if self.spec.rotary_base and grid is not None else None
         out = BlocksOut([], [])
         for index in range(start, stop):
             block = self.blocks[index]
@@ -116,14 +127,18 @@ class BlockStack(nn.Module):
             kept = queries if index == stop - 1 else None
             if self.checkpointing and torch.is_grad_enabled():
                 tokens_BTD, ffn_BTD = checkpoint(
-                    block, tokens_BTD, bias, mask_BT, kept, use_reentrant=False, preserve_rng_state=False
+                    block, tokens_BTD, bias, mask_BT, kept, turns, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                tokens_BTD, ffn_BTD = block(tokens_BTD, bias, mask_BT, kept)
+                tokens_BTD, ffn_BTD = block(tokens_BTD, bias, mask_BT, kept, turns)
             out.hidden.append(tokens_BTD)
             if keep_ffn:
                 out.ffn.append(ffn_BTD)
         return out
+
+    def _turns(self, grid: Grid, tokens_BTD: Tensor) -> Tensor:
+        spec, num_prefix = self.spec, tokens_BTD.shape[1] - grid[0] * grid[1]
+        return rotary_table(grid, num_prefix, spec.block.width // spec.block.heads, spec.rotary_base, tokens_BTD.device)
 
     def take(self, first: int, count: int, step: int = 1) -> BlockStack:
         """A trainable float32 copy of blocks first, first + step, ... (`count` of them), with its own bias tables."""
@@ -163,7 +178,13 @@ class BackboneSpec:
 
     Images: `patch` and `image_size` in pixels; `image_size` is the size the position tables were learned at, not the
     size of what is put in. Text: a position table has `max_positions` rows, of which the first token uses row
-    `position_offset`; with `position_from_mask` pads stay at row `position_offset - 1` (RoBERTa).
+    `position_offset`; with `position_from_mask` pads stay at row `position_offset - 1` (RoBERTa). A relative bias of
+    text knows `max_positions` tokens. zero_pads: pads enter block 0 as zeros. modality_embedding: a vector that is
+    added to every embedded token, after the embedding's norm (the token types of ViLT and VLMo).
+
+    gated, causal: see BlockSpec; rotary_base: see StackSpec. pooled: which token stands for the whole: the first, the
+    first that is `eos_id`, or the first of the highest id (CLIP, whose end of text is the last of its vocabulary).
+    prenet: how many leading blocks belong to the modality's encoder (data2vec 2.0); they compute as all others do.
     """
 
     family: str
@@ -194,6 +215,17 @@ class BackboneSpec:
     position_from_mask: bool = False
     token_types: int = 0
     pad_id: int = 0
+    zero_pads: bool = False
+    # both
+    sub_norm: bool = False
+    modality_embedding: bool = False
+    embedding_eps: float = 0.0  # of the norm between embedding and block 0; 0: as `eps`
+    gated: bool = False
+    causal: bool = False
+    rotary_base: float = 0.0
+    pooled: Pooled = "first"
+    eos_id: int = 0
+    prenet: int = 0
     kind: str = field(default="transformer", init=False)
 
     def __post_init__(self) -> None:
@@ -203,8 +235,11 @@ class BackboneSpec:
             raise UnsupportedNetwork(f"a {self.family} network with {', '.join(f'{name} below 1' for name in missing)}")
         if self.modality == "image" and self.image_size % self.patch:
             raise UnsupportedNetwork(f"a {self.family} of {self.image_size} px in patches of {self.patch} px")
-        if self.modality == "text" and self.relative_bias != "none":
-            raise UnsupportedNetwork(f"a text network ({self.family}) with a two-dimensional position bias")
+        if self.rotary_base and (self.modality != "image" or self.width // self.heads % 4):
+            shape = f"{self.width} channels in {self.heads} heads ({self.modality})"
+            raise UnsupportedNetwork(f"rotary positions in a {self.family} of {shape}: a head needs four parts")
+        if not 0 <= self.prenet <= self.depth:
+            raise UnsupportedNetwork(f"a {self.family} with a prenet of {self.prenet} of its {self.depth} blocks")
 
     @property
     def num_prefix(self) -> int:
@@ -222,11 +257,20 @@ class BackboneSpec:
             qkv_bias=self.qkv_bias,
             activation=self.activation,
             eps=self.eps,
+            sub_norm=self.sub_norm,
+            gated=self.gated,
+            causal=self.causal,
         )
 
     @property
     def stack(self) -> StackSpec:
-        side = self.image_size // self.patch if self.relative_bias != "none" else 0
+        if self.rotary_base:
+            return StackSpec(self.block, self.depth, rotary_base=self.rotary_base, num_prefix=self.num_prefix)
+        if self.relative_bias == "none":
+            return StackSpec(self.block, self.depth)
+        if self.modality == "text":
+            return StackSpec(self.block, self.depth, self.relative_bias, (1, self.max_positions - 1), words=True)
+        side = self.image_size // self.patch
         return StackSpec(self.block, self.depth, self.relative_bias, (side, side))
 
     def build(self) -> Backbone:
@@ -234,8 +278,8 @@ class BackboneSpec:
         return Backbone(self)
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of JSON types."""
-        return dataclasses.asdict(self)
+        """A dict of JSON types; see `spec_json` for what is left out."""
+        return spec_json(self, _FIRST_FIELDS)
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> BackboneSpec:
@@ -244,6 +288,15 @@ class BackboneSpec:
         if unknown := sorted(set(found) - known):
             raise UnsupportedNetwork(f"an architecture with unknown keys {unknown}", "read it with a newer emkum")
         return cls(**{key: value for key, value in found.items() if key != "kind"})
+
+
+# What `to_json` wrote from the first. Never add to it: a new field would change the fingerprints of every old cache.
+_FIRST_STACK_FIELDS = "block depth relative_bias grid"
+_FIRST_FIELDS = (
+    "family modality depth width heads mlp_width norm_order layer_scale qkv_bias activation eps pre_norm final_norm"
+    " position relative_bias patch image_size num_registers patch_bias position_antialias vocab_size max_positions"
+    " position_offset position_from_mask token_types pad_id kind"
+)
 
 
 class ImageEmbedding(nn.Module):
@@ -258,7 +311,8 @@ class ImageEmbedding(nn.Module):
         num_positions = 1 + (spec.image_size // spec.patch) ** 2
         absolute = spec.position == "absolute"
         self.positions = nn.Parameter(torch.zeros(num_positions, spec.width)) if absolute else None
-        self.norm = nn.LayerNorm(spec.width, eps=spec.eps) if spec.pre_norm else None
+        self.norm = nn.LayerNorm(spec.width, eps=spec.embedding_eps or spec.eps) if spec.pre_norm else None
+        self.modality = nn.Parameter(torch.zeros(spec.width)) if spec.modality_embedding else None
         self._memo = Memo()
 
     def grid(self, height: int, width: int) -> Grid:
@@ -282,7 +336,8 @@ class ImageEmbedding(nn.Module):
         if self.registers is not None:
             prefix = torch.cat([prefix, self.registers])
         tokens_BTD = torch.cat([prefix.expand(len(patches_BPD), -1, -1).to(patches_BPD.dtype), patches_BPD], dim=1)
-        return tokens_BTD if self.norm is None else self.norm(tokens_BTD)
+        tokens_BTD = tokens_BTD if self.norm is None else self.norm(tokens_BTD)
+        return tokens_BTD if self.modality is None else tokens_BTD + self.modality
 
     def _positions(self, table: Tensor, grid: Grid) -> Tensor:
         def interpolated() -> Tensor:
@@ -298,9 +353,11 @@ class TextEmbedding(nn.Module):
         super().__init__()
         self.spec = spec
         self.tokens = nn.Parameter(torch.zeros(spec.vocab_size, spec.width))
-        self.positions = nn.Parameter(torch.zeros(spec.max_positions, spec.width))
+        absolute = spec.position == "absolute"
+        self.positions = nn.Parameter(torch.zeros(spec.max_positions, spec.width)) if absolute else None
         self.types = nn.Parameter(torch.zeros(spec.token_types, spec.width)) if spec.token_types else None
-        self.norm = nn.LayerNorm(spec.width, eps=spec.eps) if spec.pre_norm else None
+        self.norm = nn.LayerNorm(spec.width, eps=spec.embedding_eps or spec.eps) if spec.pre_norm else None
+        self.modality = nn.Parameter(torch.zeros(spec.width)) if spec.modality_embedding else None
 
     @property
     def max_tokens(self) -> int:
@@ -318,15 +375,23 @@ class TextEmbedding(nn.Module):
         tokens_BLD = F.embedding(ids_BL, self.tokens)
         if self.types is not None:
             tokens_BLD = tokens_BLD + self.types[0]
-        tokens_BLD = tokens_BLD + self._positions(ids_BL, mask_BL)
-        return tokens_BLD if self.norm is None else self.norm(tokens_BLD)
+        if self.positions is not None:
+            tokens_BLD = tokens_BLD + self._positions(self.positions, ids_BL, mask_BL)
+        tokens_BLD = tokens_BLD if self.norm is None else self.norm(tokens_BLD)
+        tokens_BLD = tokens_BLD if self.modality is None else tokens_BLD + self.modality
+        if self.spec.zero_pads:
+            tokens_BLD = tokens_BLD.masked_fill(~self._real(ids_BL, mask_BL)[..., None], 0)
+        return tokens_BLD
 
-    def _positions(self, ids_BL: Tensor, mask_BL: Tensor | None) -> Tensor:
+    def _real(self, ids_BL: Tensor, mask_BL: Tensor | None) -> Tensor:
+        return ids_BL != self.spec.pad_id if mask_BL is None else mask_BL
+
+    def _positions(self, table: Tensor, ids_BL: Tensor, mask_BL: Tensor | None) -> Tensor:
         offset = self.spec.position_offset
         if not self.spec.position_from_mask:
-            return self.positions[offset : offset + ids_BL.shape[1]]
-        real_BL = ids_BL != self.spec.pad_id if mask_BL is None else mask_BL
-        return F.embedding(real_BL.cumsum(1) * real_BL + (offset - 1), self.positions)
+            return table[offset : offset + ids_BL.shape[1]]
+        real_BL = self._real(ids_BL, mask_BL)
+        return F.embedding(real_BL.cumsum(1) * real_BL + (offset - 1), table)
 
 
 class Backbone(nn.Module):
@@ -385,6 +450,18 @@ class Backbone(nn.Module):
         CLIP's own code puts its last norm on CLS alone; here every token gets it and CLS agrees.
         """
         return tokens_BTD if self.norm is None else self.norm(tokens_BTD)
+
+    def pool(self, final_BTD: Tensor, ids_BL: Tensor | None = None, mask_BL: Tensor | None = None) -> Tensor:
+        """The token that stands for the whole, [B, D], of the final tokens. ids_BL, mask_BL: of texts."""
+        if self.spec.pooled == "first":
+            return final_BTD[:, 0]
+        if ids_BL is None:
+            raise ValueError(f"the end of a text of {self.spec.family} is found by its ids")
+        real_BL = torch.ones_like(ids_BL, dtype=torch.bool) if mask_BL is None else mask_BL
+        sign_BL = ids_BL.masked_fill(~real_BL, -1)
+        if self.spec.pooled == "eos":
+            sign_BL = (sign_BL == self.spec.eos_id).int()
+        return final_BTD[torch.arange(len(final_BTD), device=final_BTD.device), sign_BL.argmax(dim=1)]
 
     def forward(self, inputs: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """The final tokens_BTD of pictures or texts."""

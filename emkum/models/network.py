@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emkum.errors import CorruptCache, IdentityMismatch, NewerFormat, StorageFailure, UsageError
+from emkum.errors import CorruptCache, IdentityMismatch, NewerFormat, StorageFailure, UnsupportedNetwork, UsageError
 from emkum.models.audio import AudioBackbone, WaveConv
 from emkum.models.backbone import Backbone, Modality
 from emkum.models.families.registry import empty_backbone, frozen, spec_of
 from emkum.models.preprocessing import Preprocessing, normalised
 from emkum.models.resnet import ResNet
+from emkum.models.whole import WholeNetwork
 
 FORMAT = 1
 MODEL_JSON, WEIGHTS, TOKENIZER = "model.json", "model.safetensors", "tokenizer.json"
@@ -40,7 +41,7 @@ class Network:
     name: str
     family: str
     modality: Modality
-    backbone: Backbone | ResNet | AudioBackbone
+    backbone: Backbone | ResNet | WholeNetwork | AudioBackbone
     preprocessing: Preprocessing | None
     tokenizer: bytes | None
     max_tokens: int
@@ -75,7 +76,9 @@ class Network:
         import copy
 
         backbone = copy.deepcopy(self.backbone).to(device)
-        if compute != torch.float32:
+        if isinstance(backbone, WholeNetwork):
+            backbone.compute = compute
+        elif compute != torch.float32:
             for module in backbone.modules():
                 if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d) and not isinstance(module, WaveConv):
                     module.to(compute)
@@ -114,6 +117,8 @@ def shares_prefix(a: Network, b: Network) -> int:
     Compared are the weights themselves and everything of the architecture that takes part: also how pictures are
     normalised and texts cut into tokens. Final norms do not count. Both in the same precision.
     """
+    if isinstance(a.backbone, WholeNetwork) or isinstance(b.backbone, WholeNetwork):
+        return -1
     if not isinstance(a.backbone, Backbone) or not isinstance(b.backbone, Backbone):
         same = a.backbone.spec == b.backbone.spec and _colours(a) == _colours(b) and _equal(a.backbone, b.backbone)
         return 0 if same else -1
@@ -134,10 +139,11 @@ def shares_prefix(a: Network, b: Network) -> int:
 
 def _embedding_kind(network: Network) -> tuple[Any, ...]:
     """All that the embedding's output depends on, but its weights."""
-    of_spec = "modality width eps pre_norm position patch image_size num_registers patch_bias position_antialias"
-    of_text = "vocab_size max_positions position_offset position_from_mask token_types pad_id"
-    spec = network.backbone.spec
-    return (*(getattr(spec, name) for name in f"{of_spec} {of_text}".split()), _colours(network), network.tokenizer)
+    of_spec = "modality width eps embedding_eps pre_norm position modality_embedding"
+    of_image = "patch image_size num_registers patch_bias position_antialias"
+    of_text = "vocab_size max_positions position_offset position_from_mask token_types pad_id zero_pads"
+    spec, names = network.backbone.spec, f"{of_spec} {of_image} {of_text}".split()
+    return (*(getattr(spec, name) for name in names), _colours(network), network.tokenizer)
 
 
 def _colours(network: Network) -> Any:
@@ -174,6 +180,12 @@ def network_files(network: Network) -> dict[str, bytes]:
     """The files that `load_saved` reads, by name, model.json last (docs/format.md, section 7)."""
     from safetensors.torch import save
 
+    if isinstance(network.backbone, WholeNetwork) and network.backbone.spec.library != "transformers":
+        raise UnsupportedNetwork(
+            f"{network.name} ({network.family}) cannot be kept as files: its inside is code",
+            "it can be a teacher; where the cache must keep it as the one that cuts texts into tokens, name a "
+            "--text-encoder with the same tokenizer",
+        )
     if weights_digest(network.backbone) != network.weights_sha256:
         raise ValueError(f"{network.name} was cast or changed since it was loaded; save the network as loaded")
     weights = {name: tensor.contiguous().cpu() for name, tensor in network.backbone.state_dict().items()}

@@ -5,6 +5,7 @@ B batch, H heads, T tokens, D width, P patches; a grid is (rows, columns) of pat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -83,12 +84,42 @@ def relative_index(grid: Grid, device: torch.device) -> Tensor:
         return index.flatten().to(device)
 
 
-class RelativeBias(nn.Module):
-    """Learned bias of the attention logits by relative position, for any grid."""
+@lru_cache(maxsize=32)
+def rotary_table(grid: Grid, num_prefix: int, channels: int, base: float, device: torch.device) -> Tensor:
+    """Cosine and sine of the angles that queries and keys of `grid` are turned by, float32 [2, T, C]; C per head.
 
-    def __init__(self, grid: Grid, heads: int) -> None:
+    A quarter of the channels for each axis, twice (`rotated` pairs channel c with c + C / 2). Centres of patches lie at
+    -1 to 1 along each axis whatever the grid; periods are base^(4 i / C). The prefix is not turned (DINOv3,
+    arXiv:2508.10104; without the shifts, jitter and scales of its training).
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        centres = [(torch.arange(0.5, size) / size) * 2 - 1 for size in grid]
+        place_P2 = torch.stack(torch.meshgrid(*centres, indexing="ij"), dim=-1).flatten(0, 1)
+        frequencies = 1 / base ** (torch.arange(channels // 4) * (4 / channels))
+        angles_PC = (2 * math.pi * place_P2[:, :, None] * frequencies).flatten(1).tile(2)
+        angles_TC = F.pad(angles_PC, (0, 0, num_prefix, 0))  # cosine 1, sine 0
+        return torch.stack([angles_TC.cos(), angles_TC.sin()]).to(device)
+
+
+def rotated(x_BHTC: Tensor, turns_2TC: Tensor) -> Tensor:
+    """Queries or keys turned by the angles of `rotary_table`, in their own type; of the first T tokens it knows."""
+    cosine_TC, sine_TC = turns_2TC[:, : x_BHTC.shape[2]]
+    exact = x_BHTC.float()
+    first, second = exact.chunk(2, dim=-1)
+    turned: Tensor = exact * cosine_TC + torch.cat([-second, first], dim=-1) * sine_TC
+    return turned.to(x_BHTC.dtype)
+
+
+class RelativeBias(nn.Module):
+    """Learned bias of the attention logits by relative position, for any grid.
+
+    words: the grid is one row of words, CLS in front. Fewer words than the table has use its middle as it is.
+    """
+
+    def __init__(self, grid: Grid, heads: int, words: bool = False) -> None:
         super().__init__()
         self.grid = grid
+        self.words = words
         rows, columns = grid
         self.table = nn.Parameter(torch.zeros((2 * rows - 1) * (2 * columns - 1) + 3, heads))
         self._memo = Memo()
@@ -102,7 +133,12 @@ class RelativeBias(nn.Module):
 
     def _compute(self, grid: Grid, dtype: torch.dtype) -> Tensor:
         table = self.table.float()
-        if grid != self.grid:
+        if self.words:
+            if grid[1] > self.grid[1]:
+                raise ValueError(f"a text of 1 + {grid[1]} tokens; there are positions for 1 + {self.grid[1]}")
+            less = self.grid[1] - grid[1]
+            table = torch.cat([table[less : len(table) - 3 - less], table[-3:]])
+        elif grid != self.grid:
             own, new = ((2 * rows - 1, 2 * columns - 1) for rows, columns in (self.grid, grid))
             offsets = table[:-3].reshape(*own, -1).permute(2, 0, 1)[None]
             resized = F.interpolate(offsets, size=new, mode="bilinear", align_corners=False)

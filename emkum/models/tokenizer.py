@@ -1,4 +1,4 @@
-"""Captions to token ids, with a tokenizer kept as the bytes of its tokenizer.json.
+"""Captions to token ids, with a tokenizer kept as the bytes of its tokenizer.json, sentencepiece's in one of ours.
 
 N texts, L positions.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from emkum.errors import UnsupportedNetwork, UsageError, WeightsUnavailable
+from emkum.models import sentencepieces
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,24 +30,56 @@ def text_ids(tokenizer: bytes, captions: Sequence[str], max_tokens: int = MAX_TO
     Longer captions are cut so that the closing special token stays. The rest of a row is the pad id. L is `max_tokens`
     rounded up to a multiple of 16.
     """
-    encoder = _truncating(tokenizer, max_tokens)
+    pieces = _pieces(tokenizer)
+    rows = pieces.rows(captions, max_tokens) if pieces else _encoded(tokenizer, captions, max_tokens)
     ids = np.full((len(captions), -(-max_tokens // TILE) * TILE), pad_id(tokenizer), dtype=np.int32)
     length = np.zeros(len(captions), dtype=np.int32)
-    for row, encoding in enumerate(encoder.encode_batch(list(captions))):
-        length[row] = len(encoding.ids)
-        ids[row, : length[row]] = encoding.ids
+    for row, found in enumerate(rows):
+        length[row] = len(found)
+        ids[row, : length[row]] = found
+    if pieces is None and (unknown := _unknown(tokenizer)) is not None:
+        first, unknown_id = unknown
+        ids[ids >= first] = unknown_id
     return ids, length
 
 
 @lru_cache(maxsize=8)
 def pad_id(tokenizer: bytes) -> int:
     """The id that fills a row: the tokenizer's own padding, else its [PAD] or <pad>, else 0."""
+    if pieces := _pieces(tokenizer):
+        return pieces.pad
     found = json.loads(tokenizer)
     if found.get("padding"):
         return int(found["padding"]["pad_id"])
     encoder = _parsed(tokenizer)
     ids = (encoder.token_to_id(token) for token in ("[PAD]", "<pad>"))
     return next((i for i in ids if i is not None), 0)
+
+
+@lru_cache(maxsize=8)
+def _unknown(tokenizer: bytes) -> tuple[int, int] | None:
+    """The first id that stands for no row of the network's table, and the id to take in place of such ones.
+
+    Only in tokenizers made by families.fairseq_bpe: byte pairs that a dictionary lacks still take part in longer ones.
+    """
+    model = json.loads(tokenizer).get("model") or {}
+    first = model.get("unknown_from")
+    return None if first is None else (int(first), int(model["vocab"][model["unk_token"]]))
+
+
+def _encoded(tokenizer: bytes, captions: Sequence[str], max_tokens: int) -> list[list[int]]:
+    return [encoding.ids for encoding in _truncating(tokenizer, max_tokens).encode_batch(list(captions))]
+
+
+@lru_cache(maxsize=8)
+def _pieces(tokenizer: bytes) -> sentencepieces.Pieces | None:
+    """The tokenizer if it is one of sentencepiece."""
+    try:
+        found = json.loads(tokenizer)
+    except ValueError:
+        return None  # whoever parses it as a tokenizer.json says so
+    is_ours = isinstance(found, dict) and found.get("type") == sentencepieces.KIND
+    return sentencepieces.parsed(found) if is_ours else None
 
 
 @lru_cache(maxsize=8)
@@ -79,7 +112,8 @@ def read_tokenizer(folder: Path) -> bytes:
     path = folder / "tokenizer.json"
     if path.is_file():
         content = path.read_bytes()
-        _parsed(content)
+        if _pieces(content) is None:
+            _parsed(content)
         return content
     if not any((folder / name).is_file() for name in _SLOW_FILES):
         raise WeightsUnavailable(

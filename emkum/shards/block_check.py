@@ -150,6 +150,10 @@ class _Block:
             good = values != -128
         elif field.kind == "ids" and array.name == "values":
             good = values >= 0
+        elif array.name == "classes":
+            good = (values >= 0) & _are_distinct(values)
+        elif field.kind == "top_logits":
+            good[:, 1:-1] &= values[:, 1:-1] <= values[:, :-2]  # in descending order; the last is the rest
         self._add_if(stated, (real & ~good).reshape(len(flat), -1).any(axis=1), "holds numbers that cannot be")
         filled = np.isnan(values) if values.dtype.kind == "f" else values == 0
         self._add_if(
@@ -245,6 +249,13 @@ class _Block:
                 here = int(self._lengths[row]) - tile * TEXT_TILE
                 if here < TEXT_TILE and values.reshape(TEXT_TILE, -1)[max(here, 0) :].any():
                     strange.append(row)
+
+
+def _are_distinct(values: np.ndarray) -> np.ndarray:
+    """bool [N, 1]: whether no number of a row comes twice."""
+    ordered = np.sort(values, axis=1)
+    distinct: np.ndarray = (ordered[:, 1:] != ordered[:, :-1]).all(axis=1, keepdims=True)
+    return distinct
 
 
 def _wide(rows: np.ndarray, ndim: int) -> np.ndarray:

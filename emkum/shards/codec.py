@@ -44,13 +44,14 @@ class Encoded:
     """Rows as they are stored: what quantisers hand to the writer.
 
     values: [N, *row_shape] of the storage type. scale: float32 [N, *row_shape[:-1]] for int8, else None.
-    length: int32 [N] for text fields, else None.
+    length: int32 [N] for text fields, else None. classes: int32 [N, K] for the K largest logits, else None.
     """
 
     values: np.ndarray
     scale: np.ndarray | None
     length: np.ndarray | None
     summary: Summary
+    classes: np.ndarray | None = None
 
 
 def encode(

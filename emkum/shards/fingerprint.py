@@ -36,18 +36,21 @@ class Fingerprint:
     max_tokens: int | None = None
     statistics: str | None = None  # int8: sha256 of the channel mean and std
     max_seconds: float | None = None  # of a sound; longer ones are cut
+    layers: dict[str, Any] | None = (
+        None  # of a field `layers`: which layers, how normalised; None: as docs/format.md says
+    )
 
     def to_json(self) -> dict[str, Any]:
-        """Without the entries that format 1 did not have at first, where they do not apply."""
+        """Without the entries that came after emkum 0.1 where they say nothing: old digests stay as they are."""
         found = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
-        return {key: value for key, value in found.items() if value is not None or key not in _ADDED}
+        return {key: value for key, value in found.items() if key not in _LATER or value is not None}
 
     @property
     def digest(self) -> str:
         return digest_of(self.to_json())
 
 
-_ADDED = ("max_seconds",)
+_LATER = ("layers", "max_seconds")
 _WORDS = {
     "weights": "weights with sha256",
     "architecture": "architecture with sha256",
@@ -59,6 +62,7 @@ _WORDS = {
     "max_seconds": "seconds of a sound",
     "tokenizer": "tokenizer with sha256",
     "statistics": "channel statistics with sha256",
+    "layers": "rule of layers",
 }
 
 
@@ -79,6 +83,8 @@ def differences(cached: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} {value[key]}" for key in sorted(value)) + "}"
     text = str(value)
     return f"{text[:12]}..." if len(text) == 64 and text.isalnum() else text
 

@@ -26,13 +26,25 @@ CROPS = re.compile(r"image/crops-(?P<size>[0-9]+)")  # the name of a field of cr
 
 Space = Literal["image", "text", "audio"]
 SPACES: tuple[Space, ...] = ("image", "text", "audio")
-Kind = Literal["tokens", "crops", "boxes", "pooled", "ids", "ragged", "text_pooled", "audio_ragged", "audio_pooled"]
+Kind = Literal[
+    "tokens",
+    "crops",
+    "boxes",
+    "pooled",
+    "top_logits",
+    "ids",
+    "ragged",
+    "text_pooled",
+    "audio_ragged",
+    "audio_pooled",
+]
 
 KIND_SPACE: dict[Kind, Space] = {
     "tokens": "image",
     "crops": "image",
     "boxes": "image",
     "pooled": "image",
+    "top_logits": "image",
     "ids": "text",
     "ragged": "text",
     "text_pooled": "text",
@@ -46,6 +58,7 @@ _AXES: dict[Kind, tuple[str, ...]] = {
     "crops": ("y", "x", "rgb"),
     "boxes": ("parameter",),
     "pooled": ("channel",),
+    "top_logits": ("logit",),
     "ids": ("position",),
     "ragged": ("position", "channel"),
     "text_pooled": ("channel",),
@@ -94,6 +107,8 @@ class FieldSpec:
     def __post_init__(self) -> None:
         if self.has_length and self.row_shape[0] % TEXT_TILE:
             raise ValueError(f"positions must be a multiple of {TEXT_TILE}, got {self.row_shape[0]}")
+        if self.kind == "top_logits" and (self.row_shape[0] < 2 or self.storage not in ("float16", "float32")):
+            raise ValueError(f"{self.row_shape[0]} numbers of {self.storage} are not the largest logits and the rest")
 
     @property
     def space(self) -> Space:
@@ -128,6 +143,8 @@ class FieldSpec:
         found = [ArraySpec("values", self.storage, self.row_shape, axes, inner)]
         if self.has_length:
             found.append(ArraySpec("length", "int32", (), ()))
+        if self.kind == "top_logits":
+            found.append(ArraySpec("classes", "int32", (self.row_shape[0] - 1,), ("rank",)))
         if self.storage == "int8":
             channel = self.row_shape[-1:]
             found.append(ArraySpec("scale", "float32", self.row_shape[:-1], axes[:-1]))

@@ -358,6 +358,10 @@ class Field:
         """int32 [N]: valid positions of each row, token ids and ragged fields only."""
         return self._read_sibling("length", rows, 0)
 
+    def classes(self, rows: np.ndarray, view: int | np.ndarray = 0, out: np.ndarray | None = None) -> np.ndarray:
+        """int32 [N, K]: the classes of the K largest logits, in the order of their values, kind `top_logits` only."""
+        return self._read_sibling("classes", rows, view, out)
+
     def values(self, rows: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
         """float32 [N, *row_shape]: what was stored, decoded."""
         stored = self.read(rows, view)

@@ -417,6 +417,8 @@ class BlockWriter:
             self._plain["scale"][here] = rows.scale
             if rows.length is not None and rows.scale.ndim == 2:
                 self._plain["scale"][here][_past(rows.length, rows.scale.shape[1])] = np.nan
+        if rows.classes is not None:
+            self._plain["classes"][here] = rows.classes
         if self._shard is not None:
             self._shard.write_all(self._chunks_of(rows))
         else:

@@ -1,12 +1,12 @@
 """Network outputs -> stored numbers, rounded on the device, with range and error measured there.
 
-N rows.
+N rows, K of the logits kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class Output:
     """What a network says of a batch, and how its field stores that.
 
     values: float32 [N, ...] on any device. names: what to call each row in an error. statistics: channel mean and std
-    on the device, for int8. length: valid positions of each text.
+    on the device, for int8. length: valid positions of each text. classes: int32 [N, K], beside the K largest logits.
     """
 
     field: str
@@ -39,6 +39,7 @@ class Output:
     names: Sequence[str]
     statistics: tuple[Tensor, Tensor] | None = None
     length: np.ndarray | None = None
+    classes: Tensor | None = None
 
     @property
     def limit(self) -> float:
@@ -54,7 +55,8 @@ def encode_outputs(outputs: Sequence[Output], on_nonfinite: str = "stop") -> Cal
     """
     rounded = [_rounded(output) for output in outputs]
     numbers = torch.stack([found.numbers for found in rounded]) if rounded else torch.empty(0)
-    on_host = [_to_host(numbers), *(_to_host(tensor) for found in rounded for tensor in (found.stored, found.scale))]
+    parts = ((found.stored, found.scale, output.classes) for found, output in zip(rounded, outputs, strict=True))
+    on_host = [_to_host(numbers), *(_to_host(tensor) for of_one in parts for tensor in of_one)]
     copied = _mark(numbers.device)
 
     def wait() -> dict[str, Rows]:
@@ -63,7 +65,7 @@ def encode_outputs(outputs: Sequence[Output], on_nonfinite: str = "stop") -> Cal
         arrays = [None if tensor is None else tensor.numpy() for tensor in on_host]
         assert arrays[0] is not None
         return {
-            output.field: _rows(output, arrays[0][i].tolist(), arrays[2 * i + 1], arrays[2 * i + 2], on_nonfinite)
+            output.field: _rows(output, on_nonfinite, arrays[0][i].tolist(), *arrays[3 * i + 1 : 3 * i + 4])
             for i, output in enumerate(outputs)
         }
 
@@ -153,19 +155,24 @@ def _mark(device: torch.device) -> torch.cuda.Event | None:
 
 
 def _rows(
-    output: Output, numbers: Sequence[float], stored: np.ndarray | None, scale: np.ndarray | None, on_nonfinite: str
+    output: Output,
+    on_nonfinite: str,
+    numbers: Sequence[float],
+    stored: np.ndarray | None,
+    scale: np.ndarray | None,
+    classes: np.ndarray | None,
 ) -> Rows:
     assert stored is not None
     smallest, largest, total, squares, error_squares, worst = numbers
     limit = output.limit
     if not len(output.values):
-        return Rows(Encoded(stored, scale, output.length, Summary()), {})
+        return Rows(Encoded(stored, scale, output.length, Summary(), classes), {})
     if -limit <= smallest and largest <= limit and worst <= limit:  # false for NaN
         count = output.values.numel()
         if output.length is not None and output.values.ndim == 3:
             count = int(output.length.sum()) * output.values.shape[-1]
         summary = Summary(count, smallest, largest, total, squares, error_squares, worst)
-        return Rows(Encoded(stored, scale, output.length, summary), {})
+        return Rows(Encoded(stored, scale, output.length, summary, classes), {})
     refused = _unfit(output)
     if on_nonfinite == "stop":
         row, reason = next(iter(refused.items()))
@@ -175,13 +182,12 @@ def _rows(
             "out with --on-nonfinite quarantine",
         )
     good = [row for row in range(len(output.values)) if row not in refused]
-    kept = Output(
-        output.field,
-        output.values[good],
-        output.storage,
-        [output.names[row] for row in good],
-        output.statistics,
-        None if output.length is None else output.length[good],
+    kept = replace(
+        output,
+        values=output.values[good],
+        names=[output.names[row] for row in good],
+        length=None if output.length is None else output.length[good],
+        classes=None if output.classes is None else output.classes[good],
     )
     return Rows(encode_outputs([kept])()[output.field].encoded, refused)
 

@@ -225,7 +225,11 @@ def _start_pictures(plan: Plan, batch: Batch, statistics: dict[str, tuple[torch.
     exact: dict[str, Rows] = {}
     for name in batch.task.fields:
         field = plan.fields[name]
-        if field.wanted is not None:
+        if field.wanted is not None and field.spec.kind == "top_logits":
+            count = field.spec.row_shape[0]  # of values, the rest among them; behind them lie the classes
+            values, classes = said[field.wanted][:, :count], said[field.wanted][:, count:].int()
+            outputs.append(Output(name, values, field.spec.storage, names, classes=classes))
+        elif field.wanted is not None:
             outputs.append(Output(name, said[field.wanted], field.spec.storage, names, statistics.get(name)))
         elif field.spec.kind == "crops":
             exact[name] = encode_crops(crops_NHWC.numpy())

@@ -27,7 +27,7 @@ from emkum.errors import (
 from emkum.models.audio_pass import AudioPass
 from emkum.models.catalogue import load_network
 from emkum.models.network import Network
-from emkum.models.passes import FrozenPass, Wanted, chosen_device
+from emkum.models.passes import TARGETS, FrozenPass, Wanted, chosen_device, wanted_target
 from emkum.shards.audit import printable
 from emkum.shards.fingerprint import differences
 from emkum.shards.layout import FORMAT, canonical_json
@@ -51,7 +51,7 @@ from emkum.stage1_extract.probe import (
 
 DECODE_THREADS = 4
 _FIELD = re.compile(
-    r"image/(?P<encoder>.+)@(?P<cut>[0-9]+)/tokens|teacher/(?P<teacher>.+)/(?:image|text|audio)/(?P<what>[a-z]+)"
+    r"image/(?P<encoder>.+)@(?P<cut>[0-9]+)/tokens|teacher/(?P<teacher>.+)/(?:image|text|audio)/(?P<target>[a-z-]+)"
 )
 Progress = Callable[[int, int], None]  # rows computed so far, of all
 
@@ -208,7 +208,7 @@ def _fields_of(cache: Cache, network: Network) -> list[str]:
     for field in cache.fields.values():
         parts = _FIELD.fullmatch(field.name)
         weights = field.fingerprint.get("weights")
-        if parts is None or weights is None:
+        if parts is None or weights is None or parts["target"] not in (None, *TARGETS):
             continue
         if weights == network.weights_sha256:
             _require_same(cache, field, network)
@@ -267,7 +267,7 @@ def _works(cache: Cache, fields: Mapping[str, Network], device: Any) -> list[Wor
     works = []
     for (space, compute, size, tokenizer, max_tokens, max_seconds), names in groups.items():
         networks = {fields[name].name: fields[name] for name in names}
-        wanted: dict[str, Wanted | None] = {name: _wanted(name, fields[name]) for name in names}
+        wanted: dict[str, Wanted | None] = {name: _wanted(cache.field(name), fields[name]) for name in names}
         outputs = list(dict.fromkeys(want for want in wanted.values() if want is not None))
         if space == "audio":
             require_decoder()
@@ -289,12 +289,12 @@ def _works(cache: Cache, fields: Mapping[str, Network], device: Any) -> list[Wor
     return works
 
 
-def _wanted(name: str, network: Network) -> Wanted:
-    parts = _FIELD.fullmatch(name)
+def _wanted(field: Field, network: Network) -> Wanted:
+    parts = _FIELD.fullmatch(field.name)
     assert parts is not None
     if parts["encoder"]:
         return Wanted(network.name, "tokens", int(parts["cut"]))
-    return Wanted(network.name, parts["what"])  # type: ignore[arg-type]  # FrozenPass checks it
+    return wanted_target(network, parts["target"], field.fingerprint)
 
 
 def _tokenizer(cache: Cache, digest: str, networks: Collection[Network]) -> bytes:

@@ -26,11 +26,26 @@ from emkum.errors import (
     UsageError,
     WeightsUnavailable,
 )
-from emkum.models.audio_pass import AUDIO_TARGETS, AudioPass, output_in_words
-from emkum.models.backbone import Backbone, TextEmbedding
+from emkum.models.audio_pass import AUDIO_OUTPUTS, AUDIO_TARGETS, AudioPass
+from emkum.models.backbone import Backbone, Modality, TextEmbedding
 from emkum.models.catalogue import load_network
+from emkum.models.families.registry import CATALOGUE, family_named
 from emkum.models.network import Network, network_files
-from emkum.models.passes import FrozenPass, Wanted, chosen_device, good_compute
+from emkum.models.passes import (
+    TARGETS,
+    FrozenPass,
+    Wanted,
+    chosen_device,
+    default_rule,
+    good_compute,
+    num_classes,
+    num_prenet,
+    rule_of,
+)
+from emkum.models.sources import read_source
+from emkum.models.supervision import Guard
+from emkum.models.targets import LayersRule, named_rule, rule_from_text
+from emkum.models.whole import WholeNetwork
 from emkum.shards.claims import Claims
 from emkum.shards.fingerprint import Fingerprint, require_same
 from emkum.shards.layout import (
@@ -66,9 +81,9 @@ from emkum.stage1_extract.scans import ScanMemory
 
 OnNonfinite = Literal["stop", "quarantine"]
 StoreInputs = Literal["tokens", "crops"]
-IMAGE_TARGETS = ("cls", "patches", "layers", "logits")
-TEXT_TARGETS = ("cls", "patches", "layers")
-TARGETS = tuple(dict.fromkeys((*IMAGE_TARGETS, *TEXT_TARGETS, *AUDIO_TARGETS)))
+Cut = int | Literal["prenet"]
+IMAGE_TARGETS = ("cls", "patches", "mean", "layers", "logits")
+TEXT_TARGETS = ("cls", "patches", "mean", "layers")
 MAX_SECONDS = 600.0  # attention takes memory by the square of a clip's length
 DEFAULT_TEXT_ENCODER = "bert-base"
 DEFAULT_DATA = ("./data",)
@@ -77,18 +92,24 @@ DEFAULT_SIZE = 224
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """One `emkum extract`. None: the default the help text states."""
+    """One `emkum extract`. None: the default the help text states.
+
+    cut: after how many blocks; "prenet": after those that belong to the modality's encoder. layers: the rule of the
+    target `layers`, as `rule_from_text` reads it. logits_top: keep so many of the logits, in place of all.
+    """
 
     teacher: tuple[str, ...]
     data: tuple[str, ...] = DEFAULT_DATA
     cache: Path | str = Path("./shards")
     split: str = "train"
     encoder: str | None = None
-    cut: int = 0
+    cut: Cut = 0
     store_inputs: StoreInputs = "tokens"
     from_crops: bool = False
     text_encoder: str | None = None
     targets: tuple[str, ...] = ()
+    layers: str | None = None
+    logits_top: int | None = None
     name: str | None = None
     size: int | None = None
     crop: tuple[float, float] | None = None
@@ -111,6 +132,9 @@ class ExtractConfig:
     workers: int | None = None
     scheduler: str | None = None
     device: str = "auto"
+    label_free: bool = False
+    text_free: bool = False
+    allow_teacher: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_split_name(self.split)
@@ -125,7 +149,15 @@ class ExtractConfig:
         _require(self.batch_size > 0, f"--batch-size {self.batch_size}", "give a positive number")
         _require(self.views > 0, f"--views {self.views}", "give a positive number")
         _require(0 < self.side <= 4096, f"--size {self.size}", "give the crop's side in pixels, 1 to 4096")
-        _require(self.cut >= 0, f"--cut {self.cut}", "0 keeps patch embeddings, k the tokens after block k")
+        _require(
+            self.cut == "prenet" or (type(self.cut) is int and self.cut >= 0),
+            f"--cut {self.cut}",
+            "0 keeps patch embeddings, k the tokens after block k, prenet those after the encoder's prenet blocks",
+        )
+        for modality in ("image", "text", "audio") if self.layers is not None else ():
+            rule_from_text(str(self.layers), modality)  # raises UsageError for what is no rule
+        top = self.logits_top
+        _require(top is None or top > 0, f"--logits-top {top}", "give how many of the largest logits to keep")
         crops = self.store_inputs == "crops"
         _require(
             self.store_inputs in ("tokens", "crops"),
@@ -186,11 +218,17 @@ class ExtractConfig:
             _require(len(self.teacher) == 1, "--name with several teachers", "name one teacher per command")
             check_cache_name(self.name)
         _ = self.policy  # raises UsageError for crops, jitter and views that cannot be
+        _ = self.guard
 
     @property
     def side(self) -> int:
         """Of the square crops, in pixels."""
         return DEFAULT_SIZE if self.size is None else self.size
+
+    @property
+    def guard(self) -> Guard:
+        """What the networks of the run may have learned from."""
+        return Guard(self.label_free, self.text_free, self.allow_teacher)
 
     @property
     def policy(self) -> ViewPolicy:
@@ -281,8 +319,10 @@ class Survey:
 def survey(config: ExtractConfig) -> Survey:
     """Scans the tars and loads the networks; writes nothing.
 
-    Raises AnotherWriter before the slow part if the cache is being written and `join` is not set.
+    Raises AnotherWriter before the slow part if the cache is being written and `join` is not set, and RefusedTeacher
+    before anything is fetched.
     """
+    config.guard.check(s for s in (*config.teacher, config.encoder, config.text_encoder) if s and s != "none")
     paths = [] if config.from_crops else find_tars(config.data)
     device = chosen_device(config.device)
     store = open_store(config.cache)
@@ -355,6 +395,9 @@ def make_plan(
     )
     sounds, audio_pass = _audio_fields(config, networks, found.device, writer)
     fields |= sounds
+    _require_used(config, [field.wanted for field in fields.values() if field.wanted])
+    guard = config.guard.record()
+    fields = {name: replace(field, environment=field.environment | guard) for name, field in fields.items()}
     for field in fields.values():
         _check_record(writer, field)
     writer.clear_unfinished(claims)
@@ -449,7 +492,11 @@ def _load_networks(config: ExtractConfig) -> _Networks:
 
     def load(source: str, name: str | None = None) -> Network:
         if source not in loaded:
+            entry = read_source(source).entry
+            _refuse_pairs(source, entry.modality if entry else None)  # before gigabytes of it are fetched
             loaded[source] = load_network(source, name=name)
+            config.guard.check_loaded(source, loaded[source].supervision, loaded[source].modality)
+            _refuse_pairs(source, loaded[source].modality)
             check_cache_name(loaded[source].name)
         return loaded[source]
 
@@ -468,6 +515,15 @@ def _load_networks(config: ExtractConfig) -> _Networks:
                 "give a text network, for example bert-base or minilm",
             )
     return _Networks(encoder, text_encoder, teachers)
+
+
+def _refuse_pairs(source: str, modality: Modality | None) -> None:
+    if modality == "pair":
+        towers = source.removesuffix("-pair") if source in CATALOGUE else source.removesuffix("#pair")
+        raise UsageError(
+            f"{source} takes a picture with its caption; extract keeps fields of pictures and fields of texts",
+            f"name its towers: --teacher {towers} for pictures, --teacher '{towers}#text' for texts",
+        )
 
 
 def _complete(networks: _Networks, config: ExtractConfig, has_pictures: bool, has_captions: bool) -> _Networks:
@@ -489,14 +545,23 @@ def _complete(networks: _Networks, config: ExtractConfig, has_pictures: bool, ha
             "--store-inputs crops without a network that reads pictures",
             "name the one that training starts from, for example --encoder dinov2-s",
         )
-    if encoder is not None and config.cut > encoder.depth:
+    _require_known_inside(encoder, "--encoder")
+    _require_known_inside(text_encoder, "--text-encoder")
+    if encoder is not None and _blocks_before(config.cut, encoder) > encoder.depth:
         raise UsageError(
             f"--cut {config.cut} of {encoder.name}, which has {encoder.depth} blocks",
             f"choose a cut between 0 (patch embeddings) and {encoder.depth}",
         )
     if has_captions and text_encoder is None and config.text_encoder != "none":
         if networks.text_teachers:
-            text_encoder = networks.text_teachers[0]
+            text_encoder = next((t for t in networks.text_teachers if not isinstance(t.backbone, WholeNetwork)), None)
+            if text_encoder is None:
+                raise UsageError(
+                    f"teacher {networks.text_teachers[0].name} is run in one piece: it has no blocks that a student "
+                    "could start from",
+                    "name the student's --text-encoder, with the same tokenizer, or --text-encoder none to keep "
+                    "targets only",
+                )
         elif encoder is not None and not config.from_crops:  # the ids lie there already
             text_encoder = _default_text_encoder()
     if networks.image_teachers and not has_pictures:
@@ -539,6 +604,28 @@ def _require_rows(segments: Sequence[Segment], with_sounds: Collection[str]) -> 
                 f"{unheard[0]} holds sounds, and segment {segment.number} was made of it by an emkum that read none",
                 "extract the sounds into another folder with --cache, or write their tars again under another name",
             )
+
+
+def _require_known_inside(encoder: Network | None, flag: str) -> None:
+    """Raises UnsupportedNetwork for an encoder that is run in one piece."""
+    if encoder is not None and isinstance(encoder.backbone, WholeNetwork):
+        raise UnsupportedNetwork(
+            f"{flag} {encoder.name}: it is run in one piece ({encoder.family}), so no cut of it is known",
+            f"name another, for example {flag} {'dinov2-s' if encoder.modality == 'image' else DEFAULT_TEXT_ENCODER}; "
+            "it can be the teacher",
+        )
+
+
+def _blocks_before(cut: Cut, encoder: Network) -> int:
+    """The blocks in front of the cut. Raises UsageError for `prenet` of a network that has none."""
+    if cut != "prenet":
+        return cut
+    if not num_prenet(encoder):
+        raise UsageError(
+            f"--cut prenet of {encoder.name}, a {encoder.family} network, which has no prenet blocks",
+            f"choose a number between 0 (patch embeddings) and {encoder.depth}",
+        )
+    return num_prenet(encoder)
 
 
 def _default_text_encoder() -> Network:
@@ -616,7 +703,7 @@ def _fields(
         for (want, (name, kind)), output in zip(wanted.items(), outputs, strict=True):
             assert image_pass is not None
             network = image_pass.networks[want.network]
-            spec = FieldSpec(name, kind, config.storage, tuple(output.shape[1:]))
+            spec = _spec(config, name, kind, want, output)
             assert network.preprocessing is not None
             fingerprint = Fingerprint(
                 **_common(spec, network, want, image_pass.compute),
@@ -625,14 +712,12 @@ def _fields(
                 std=network.preprocessing.std,
                 decoder=decoder,
             )
-            fields[name] = PlannedField(spec, fingerprint, want, _environment(network, device))
+            fields[name] = PlannedField(spec, fingerprint, want, _environment(network, device, want.what))
     if has_captions and networks.tokenizer is not None and (networks.text_encoder or networks.text_teachers):
         source = networks.tokenizer
         if source.tokenizer is None:
             raise UnsupportedNetwork(f"{source.name} comes without a tokenizer", "give a folder that has one")
-        assert isinstance(source.backbone, Backbone)
-        assert isinstance(source.backbone.embedding, TextEmbedding)
-        longest = source.backbone.embedding.max_tokens
+        longest = _longest(source)
         if config.max_tokens > longest:
             raise UsageError(
                 f"--max-tokens {config.max_tokens}, and {source.name} has {longest} positions",
@@ -660,13 +745,13 @@ def _fields(
                         f"teacher {network.name} and text encoder {source.name} have different tokenizers",
                         "use a teacher and a --text-encoder with the same tokenizer, or --text-encoder none",
                     )
-                spec = FieldSpec(name, kind, config.storage, tuple(output.shape[1:]))
+                spec = _spec(config, name, kind, want, output)
                 fingerprint = Fingerprint(
                     **_common(spec, network, want, text_pass.compute),
                     tokenizer=tokenizer_digest,
                     max_tokens=config.max_tokens,
                 )
-                fields[name] = PlannedField(spec, fingerprint, want, _environment(network, device))
+                fields[name] = PlannedField(spec, fingerprint, want, _environment(network, device, want.what))
     return fields, image_pass, text_pass
 
 
@@ -678,7 +763,7 @@ def _audio_fields(
         return {}, None
     wanted: dict[Wanted, tuple[str, Kind]] = {}
     for teacher in teachers:
-        targets = [t for t in config.targets or _default_targets(teacher) if t in AUDIO_TARGETS]
+        targets = [target for target in _targets(config, teacher) if target in AUDIO_TARGETS]
         if not targets:
             raise UsageError(
                 f"--targets {','.join(config.targets)} of {teacher.name}, which hears sounds",
@@ -686,7 +771,7 @@ def _audio_fields(
             )
         for target in targets:
             kind: Kind = "audio_pooled" if target == "mean" else "audio_ragged"
-            wanted[Wanted(teacher.name, target)] = (f"teacher/{teacher.name}/audio/{target}", kind)  # type: ignore[arg-type]
+            wanted[_wanted_of(config, teacher, target)] = (f"teacher/{teacher.name}/audio/{target}", kind)
     audio_pass = AudioPass(teachers, list(wanted), _compute(config, device, writer, wanted), device)
     rate = audio_pass.rate
     fields = {}
@@ -696,15 +781,36 @@ def _audio_fields(
         positions = -(-max(frames, 1) // TEXT_TILE) * TEXT_TILE
         shape = (spec.width,) if kind == "audio_pooled" else (positions, spec.width)
         field = FieldSpec(name, kind, config.storage, shape)
-        output = output_in_words(audio_pass.backbone(want), want.what)
         fingerprint = Fingerprint(
-            **_common(field, network, want, audio_pass.compute) | {"output": output},
+            **_common(field, network, want, audio_pass.compute),
             decoder=SOUND_DECODER,
             max_seconds=float(config.max_seconds),
         )
-        environment = _environment(network, device) | decoder_versions()
+        environment = _environment(network, device, want.what) | decoder_versions()
         fields[name] = PlannedField(field, fingerprint, want, environment)
     return fields, audio_pass
+
+
+def _spec(config: ExtractConfig, name: str, kind: Kind, want: Wanted, output: torch.Tensor) -> FieldSpec:
+    if kind != "top_logits":
+        return FieldSpec(name, kind, config.storage, tuple(output.shape[1:]))
+    # So few numbers that int8 with its statistics would save nothing.
+    return FieldSpec(name, kind, "float16" if config.storage == "int8" else config.storage, (want.top + 1,))
+
+
+def _require_used(config: ExtractConfig, wanted: Sequence[Wanted]) -> None:
+    """Raises UsageError for a flag that says how a target is made which no field of the run is."""
+    targets = {want.what for want in wanted}
+    if config.layers is not None and "layers" not in targets:
+        raise UsageError(
+            f"--layers {config.layers}, and layers is no target of {', '.join(config.teacher)} here",
+            "add it: --targets layers",
+        )
+    if config.logits_top is not None and "top_logits" not in targets:
+        raise UsageError(
+            f"--logits-top {config.logits_top}, and no teacher of {', '.join(config.teacher)} has logits",
+            "name a classifier as --teacher, for example resnet50, or leave --logits-top out",
+        )
 
 
 def _fields_of_views(config: ExtractConfig) -> dict[str, PlannedField]:
@@ -736,37 +842,74 @@ def _image_wanted(config: ExtractConfig, networks: _Networks) -> dict[Wanted, tu
     wanted: dict[Wanted, tuple[str, Kind]] = {}
     if networks.encoder is not None and config.store_inputs == "tokens":
         name = networks.encoder.name
-        wanted[Wanted(name, "tokens", config.cut)] = (f"image/{name}@{config.cut}/tokens", "tokens")
+        cut = _blocks_before(config.cut, networks.encoder)
+        wanted[Wanted(name, "tokens", cut)] = (f"image/{name}@{cut}/tokens", "tokens")
     for teacher in networks.image_teachers:
-        targets = [t for t in config.targets or _default_targets(teacher) if t in IMAGE_TARGETS]
-        if not targets:
-            raise UsageError(
-                f"--targets {','.join(config.targets)} of {teacher.name}, a picture network",
-                f"choose from {', '.join(IMAGE_TARGETS)}",
-            )
-        for target in targets:
-            kind: Kind = "pooled" if target in ("cls", "logits") else "tokens"
-            wanted[Wanted(teacher.name, target)] = (f"teacher/{teacher.name}/image/{target}", kind)  # type: ignore[arg-type]
+        for target in _targets(config, teacher):
+            kind: Kind = "tokens" if target in ("patches", "layers") else "pooled"
+            kind = "top_logits" if target == "logits-top" else kind
+            wanted[_wanted_of(config, teacher, target)] = (f"teacher/{teacher.name}/image/{target}", kind)
     return wanted
 
 
 def _text_wanted(config: ExtractConfig, networks: _Networks) -> dict[Wanted, tuple[str, Kind]]:
     wanted: dict[Wanted, tuple[str, Kind]] = {}
     for teacher in networks.text_teachers:
-        targets = [t for t in config.targets or _default_targets(teacher) if t in TEXT_TARGETS]
+        targets = [target for target in _targets(config, teacher) if target in TEXT_TARGETS]
         if not targets:
             raise UsageError(
                 f"--targets {','.join(config.targets)} of {teacher.name}, a text network",
                 f"choose from {', '.join(TEXT_TARGETS)}",
             )
         for target in targets:
-            kind: Kind = "text_pooled" if target == "cls" else "ragged"
-            wanted[Wanted(teacher.name, target)] = (f"teacher/{teacher.name}/text/{target}", kind)  # type: ignore[arg-type]
+            kind: Kind = "text_pooled" if target in ("cls", "mean") else "ragged"
+            wanted[_wanted_of(config, teacher, target)] = (f"teacher/{teacher.name}/text/{target}", kind)
     return wanted
 
 
+def _wanted_of(config: ExtractConfig, teacher: Network, target: str) -> Wanted:
+    what = TARGETS[target]
+    top = config.logits_top if what == "top_logits" else None
+    return Wanted(teacher.name, what, top=top or 0, rule=_rule(config, teacher) if what == "layers" else None)
+
+
+def _rule(config: ExtractConfig, teacher: Network) -> LayersRule:
+    if config.layers is None:
+        return default_rule(teacher)
+    return rule_of(teacher, config.layers)
+
+
+def _targets(config: ExtractConfig, teacher: Network) -> list[str]:
+    """What is kept of a teacher, by the last part of the fields' names: as named, else its default.
+
+    With --logits-top the largest logits, in place of all where those were asked for.
+    """
+    chosen = list(config.targets or _default_targets(teacher))
+    if config.logits_top is None:
+        return chosen
+    if config.targets and "logits" not in chosen and num_classes(teacher):
+        chosen.append("logits")
+    return ["logits-top" if target == "logits" else target for target in chosen]
+
+
+def _longest(network: Network) -> int:
+    """The most tokens of a text that the network has positions for."""
+    if isinstance(network.backbone, WholeNetwork):
+        return network.backbone.spec.max_tokens
+    assert isinstance(network.backbone, Backbone)
+    assert isinstance(network.backbone.embedding, TextEmbedding)
+    return network.backbone.embedding.max_tokens
+
+
 def _default_targets(teacher: Network) -> tuple[str, ...]:
-    """What is kept of a teacher if the user does not say."""
+    """What is kept of a teacher if the user does not say: what the catalogue says, else its family."""
+    if isinstance(teacher.backbone, WholeNetwork):
+        return teacher.backbone.spec.default_targets
+    entry, family = CATALOGUE.get(teacher.name), family_named(teacher.family, teacher.modality)
+    if entry is not None and (entry.family, entry.modality) == (teacher.family, teacher.modality):
+        return entry.targets
+    if family is not None:
+        return family.default_targets
     if teacher.modality == "text":
         return ("layers",)
     if teacher.modality == "audio":
@@ -775,15 +918,19 @@ def _default_targets(teacher: Network) -> tuple[str, ...]:
 
 
 def _common(spec: FieldSpec, network: Network, want: Wanted, compute: str) -> dict[str, Any]:
+    averaged = "patch tokens" if network.modality == "image" else "real tokens, special ones among them,"
+    pools_first = getattr(network.backbone.spec, "pooled", "first") == "first"
     outputs = {
         "tokens": f"tokens after block {want.cut}" if want.cut else "patch embeddings, positions, CLS",
-        "cls": "CLS after the final norm",
+        "cls": f"{'CLS' if pools_first else 'the end of the text'} after the final norm",
         "patches": "patch tokens after the final norm",
-        "layers": "mean over all blocks of instance-normalised outputs"
-        + (", layer norm" if network.modality == "image" else ""),
+        "mean": f"mean of the {averaged} after the final norm",
+        "layers": want.rule.words if want.rule else "",
         "logits": "classifier logits",
-        "mean": "",  # of sounds, whose outputs are named in emkum.models.audio_pass
-    }
+        "top_logits": f"the {want.top} largest classifier logits, log-sum-exp of the others",
+    } | (AUDIO_OUTPUTS if network.modality == "audio" else {})
+    # A field without an entry has the rule of the thesis: so had all, before there were others.
+    other_rule = want.rule if want.rule != named_rule("thesis", network.modality) else None
     return {
         "kind": spec.kind,
         "storage": spec.storage,
@@ -793,11 +940,19 @@ def _common(spec: FieldSpec, network: Network, want: Wanted, compute: str) -> di
         "architecture": hashlib.sha256(canonical_json(network.backbone.spec.to_json())).hexdigest(),
         "output": outputs[want.what],
         "compute": compute,
+        "layers": other_rule.to_json() if other_rule else None,
     }
 
 
-def _environment(network: Network, device: torch.device) -> dict[str, Any]:
-    return {
+def _environment(network: Network, device: torch.device, what: str = "") -> dict[str, Any]:
+    library: dict[str, Any] = {}
+    if isinstance(network.backbone, WholeNetwork):
+        library = {"library": network.backbone.version} if network.backbone.version else {}
+        if network.backbone.labels and what in ("logits", "top_logits"):
+            library["labels"] = list(network.backbone.labels)
+    if what == "top_logits":
+        library["classes"] = num_classes(network)
+    return library | {
         "emkum": emkum.__version__,
         "torch": str(torch.__version__),
         "pillow": PIL.__version__,
@@ -898,6 +1053,8 @@ def _with_crops(config: ExtractConfig, store: Store) -> str:
     text_encoder = config.text_encoder or _text_encoder_of(store)
     words += [f"--text-encoder {text_encoder}"] if text_encoder else []
     words += [f"--targets {','.join(config.targets)}"] if config.targets else []
+    words += [f"--layers {config.layers}"] if config.layers else []
+    words += [f"--logits-top {config.logits_top}"] if config.logits_top else []
     for flag, value, default in (
         ("--name", config.name, None),
         ("--storage", config.storage, ExtractConfig.storage),

@@ -404,6 +404,8 @@ def _compare(field: Field, cache: Cache, place: Place, sample: tuple[str, str], 
     """The numbers of a row, valid ones only, as the cache decodes them and as they are now."""
     rows = np.array([place.row])
     cached = field.values(rows, place.view)[0]
+    if field.kind == "top_logits":
+        now = _of_classes(field.classes(rows, place.view)[0], now)
     if field.spec.is_ragged:
         length = int(field.lengths(rows)[0])
         if length != len(now):
@@ -427,6 +429,17 @@ def _compare(field: Field, cache: Cache, place: Place, sample: tuple[str, str], 
     elif error > allowed:
         problem = f"a number differs by {error:g} from the one computed now, at most {allowed:g} is allowed"
     return Compared(field.name, place, *sample, cosine, error, storage_error, allowed, problem)
+
+
+def _of_classes(cached_K: np.ndarray, now: np.ndarray) -> np.ndarray:
+    """Packed top logits as the logits of the classes that the cache has, then the rest: two that are nearly equal may
+    change places. One that is no longer among them is at most the smallest of them, and at most the rest.
+    """
+    k = len(cached_K)
+    values, rest, classes = now[:k], now[k], now[k + 1 :].astype(np.int64).tolist()
+    place = {number: at for at, number in enumerate(classes)}
+    below = min(values[-1], rest)
+    return np.array([*(values[place[c]] if c in place else below for c in cached_K.tolist()), rest])
 
 
 def _compare_exactly(field: Field, place: Place, sample: tuple[str, str], now: np.ndarray) -> Compared:

@@ -10,6 +10,7 @@ from types import TracebackType
 import torch
 from tqdm import tqdm
 
+from emkum.models.passes import FrozenPass
 from emkum.shards.audit import readable_bytes
 from emkum.shards.layout import Space
 from emkum.stage1_extract.plan import Plan, Task
@@ -53,8 +54,6 @@ def contents_line(plan: Plan) -> str:
     both = {f.wanted.network for f in plan.fields.values() if f.wanted and f.wanted.what == "tokens"}
     both &= {f.wanted.network for f in plan.fields.values() if f.wanted and f.wanted.what != "tokens"}
     notes += [f"{name} is encoder and teacher: one pass" for name in sorted(both)]
-    shared = plan.image_pass.shared_blocks if plan.image_pass else {}
-    notes += [f"{name} reuses the first {n} blocks of {other}" for name, (other, n) in shared.items()]
     notes += [f"pictures come from {plan.crops.name}, no tar is read"] if plan.crops is not None else []
     sounds = sum(s.audio.rows for s in plan.segments)
     what = f"{pictures:,} pictures and {captions:,} captions"
@@ -72,11 +71,31 @@ def bill(plan: Plan) -> list[str]:
             size = plan.field_bytes(name)
             bound = "at most " if field.spec.is_ragged else ""
             lines.append(f"  {name}: {rows:,} rows, {bound}{readable_bytes(size)} as {field.spec.storage}")
+    lines += [f"  {line}" for line in sharing_lines(plan)]
     alone = plan.config.workers is None and plan.config.scheduler is None
     seconds = _expected_seconds(plan) if alone else None
     time_text = f", about {duration(seconds)} (forward only, measured on one batch)" if seconds is not None else ""
     lines.append(f"  in all {plan.num_rows:,} rows, {readable_bytes(plan.num_bytes)}{time_text}")
     return lines
+
+
+def sharing_lines(plan: Plan) -> list[str]:
+    """What several networks share and what runs for each: one line for pictures, one for captions, if there is one."""
+    lines = []
+    for what, frozen in (("picture", plan.image_pass), ("caption", plan.text_pass)):
+        if frozen is not None and len(frozen.networks) > 1:
+            lines.append(f"a {what} runs through " + "; ".join(_part_of(frozen, name) for name in frozen.networks))
+    return lines
+
+
+def _part_of(frozen: FrozenPass, name: str) -> str:
+    """What the pass runs of one of its networks."""
+    network, count = frozen.networks[name], frozen.own_blocks(name)
+    if name not in frozen.shared_blocks:
+        return f"{name} (whole)" if not network.depth else f"{name} ({count} blocks)"
+    lender, shared = frozen.shared_blocks[name]
+    what = f"the first {shared} blocks" if shared else "the embedding"
+    return f"{name} ({count} blocks of its own, {what} shared with {lender})"
 
 
 def _expected_seconds(plan: Plan) -> float | None:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import emkum
 from emkum.errors import Interrupted, SchedulerUnreachable, WorkersDiffer, WorkersLost
+from emkum.models import whole_user
 from emkum.models.families.registry import CATALOGUE
 from emkum.shards.claims import CLAIMS, Claims, block_key
 from emkum.shards.layout import receipt_path
@@ -397,15 +398,19 @@ class _Team:
             device = f"cuda:{(worker.number - 1) % count}" if count else "cpu" if device == "auto" else device
 
         def network(source: str | None) -> str | None:
-            if source is None or source in CATALOGUE or not os.path.exists(os.path.expanduser(source)):
+            if source is None or source in CATALOGUE:
                 return source
-            return _absolute(source)
+            place, mark, tower = source.rpartition("#") if "#" in source else (source, "", "")
+            if os.path.exists(os.path.expanduser(place)):
+                return f"{_absolute(place)}{mark}{tower}"
+            return whole_user.anywhere(source) if whole_user.is_named(source) else source
 
         return replace(
             config,
             teacher=tuple(network(teacher) or teacher for teacher in config.teacher),
             encoder=network(config.encoder),
             text_encoder=network(config.text_encoder),
+            allow_teacher=tuple(network(teacher) or teacher for teacher in config.allow_teacher),
             data=() if config.from_crops else tuple(_absolute(pattern) for pattern in config.data),
             cache=config.cache if is_url(config.cache) else os.path.abspath(config.cache),
             join=True,

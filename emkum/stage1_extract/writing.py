@@ -176,5 +176,6 @@ def _slice(rows: Encoded, start: int, stop: int) -> Encoded:
         values=rows.values[cut],
         scale=None if rows.scale is None else rows.scale[cut],
         length=None if rows.length is None else rows.length[cut],
+        classes=None if rows.classes is None else rows.classes[cut],
         summary=Summary(),
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from emkum.errors import IdentityMismatch, SourceChanged, UnknownNetwork
 from emkum.models.catalogue import load_network
 from emkum.models.network import Network, load_saved
-from emkum.models.passes import FrozenPass, Wanted
+from emkum.models.passes import FrozenPass, Wanted, wanted_target
 from emkum.shards.tars import find_tars
 from emkum.shards.views import Box, box_for, decode_view, replay_view
 from emkum.stage2_train.loader import Batch, Buffers, CachedSource, HostBatch, Stored
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from emkum.shards.segments import Segment
     from emkum.stage2_train.recipe import FieldNames
 
-TEACHER = re.compile(r"teacher/(?P<network>.+)/(image|text)/(?P<what>cls|layers)")
+TEACHER = re.compile(r"teacher/(?P<network>.+)/(image|text)/(?P<what>cls|layers|logits|logits-top)")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class LiveSource(CachedSource):
             teacher = _teacher(self.targets, kept)
             found = TEACHER.fullmatch(self.targets.name)
             assert found is not None
-            want = Wanted(teacher.name, found["what"])  # type: ignore[arg-type]
+            want = wanted_target(teacher, found["what"], self.targets.fingerprint)
             place = teacher.modality, str(self.targets.fingerprint["compute"])
             wanted.setdefault(place, []).append(("targets", teacher, want))
         self._outputs: dict[tuple[str, str], list[str]] = {}
@@ -125,7 +125,8 @@ class LiveSource(CachedSource):
             # Copies made outside of inference mode, which autograd may save.
             outputs |= zip(self._outputs[modality, compute], (tensor.clone() for tensor in found), strict=True)
         host.buffers.mark_copied(device)
-        return Batch(image_rows, views, outputs.get("inputs"), ids, mask, outputs.get("targets"))
+        inputs, targets = outputs.get("inputs"), outputs.get("targets")
+        return Batch(image_rows, views, inputs, ids, mask, targets, self.layers_rule, self.top_logits)
 
     def _crop(self, row: int, view: int) -> np.ndarray:
         """uint8 [size, size, 3], the view as it was extracted."""

@@ -6,6 +6,7 @@ B batch, T tokens, L text tokens, D width, N samples, V views.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from emkum.errors import ResumeMismatch
 from emkum.models.quantise import decode_int8
+from emkum.models.targets import LayersRule, recorded_rule
 from emkum.shards.shard_files import ReadThreads
 from emkum.stage2_train.mixing import MixingBuffer
 from emkum.stage2_train.order import BatchRows, Order
@@ -69,7 +71,8 @@ class HostBatch:
 class Batch:
     """A batch on the device, ready for the student. tokens_BTD and targets are float32; mask_BL True = real token.
 
-    targets: [B, D] for pooled fields, [B, T, D] or [B, L, D] for token fields.
+    targets: [B, D] for pooled fields, [B, T, D] or [B, L, D] for token fields. layers_rule: which layers of the teacher
+    they are the mean of, where that is not the rule of the thesis. top_logits: targets are `models.targets.packed`.
     """
 
     image_rows_B: Tensor | None
@@ -78,6 +81,8 @@ class Batch:
     ids_BL: Tensor | None
     mask_BL: Tensor | None
     targets: Tensor | None
+    layers_rule: LayersRule | None = None
+    top_logits: bool = False
 
     def __len__(self) -> int:
         first = self.tokens_BTD if self.tokens_BTD is not None else self.ids_BL
@@ -173,6 +178,8 @@ class CachedSource:
         self.inputs = cache.field(names.inputs) if names.inputs else None
         self.ids = cache.field(names.ids) if names.ids else None
         self.targets = cache.field(names.targets) if names.targets else None
+        self.layers_rule = other_layers_rule(self.targets)
+        self.top_logits = self.targets is not None and self.targets.kind == "top_logits"
         self.prefix = prefix
         self.decode: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = decode_int8  # or a compiled one
         self.reading = ReadThreads(threads) if threads else None
@@ -182,7 +189,7 @@ class CachedSource:
                 if field is not None and field.spec.sharded:
                     self._mixed[field.name] = MixingBuffer(field, cache.rows_per_block, held_blocks)
         self.mixing_bytes = sum(mixed.capacity_bytes for mixed in self._mixed.values())
-        pooled = self.targets is not None and self.targets.kind == "pooled"
+        pooled = self.targets is not None and self.targets.kind in ("pooled", "top_logits")
         self.pooled = PooledTargets(self.targets, table) if pooled and self.targets and table else None
         self._statistics: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -225,9 +232,11 @@ class CachedSource:
             return None
         if self.pooled is not None:
             assert rows.views_B is not None
-            pooled = buffers.tensor("targets", (len(wanted), *field.row_shape), self.pooled.dtype)
+            pooled = buffers.tensor("targets", (len(wanted), self.pooled.width), self.pooled.dtype)
             self.pooled.take(wanted, rows.views_B, pooled.numpy())
             return Stored(pooled)
+        if self.top_logits:
+            return Stored(torch.from_numpy(packed_rows(field, wanted, 0 if rows.views_B is None else rows.views_B)))
         stored = self._read_stored(field, rows, "targets", buffers)
         if field.space == "image":
             return stored
@@ -272,7 +281,7 @@ class CachedSource:
             batch = self._moved(host, device)
         compute.wait_stream(copies)
         for tensor in (getattr(batch, field.name) for field in dataclasses.fields(batch)):
-            if tensor is not None:
+            if isinstance(tensor, Tensor):
                 tensor.record_stream(compute)
         return self._with_prefix(batch)
 
@@ -286,7 +295,7 @@ class CachedSource:
         if host.targets is not None and self.targets is not None:
             targets = self._decode(self.targets, host.targets, device)
         host.buffers.mark_copied(device)
-        return Batch(image_rows, views, tokens, ids, mask, targets)
+        return Batch(image_rows, views, tokens, ids, mask, targets, self.layers_rule, self.top_logits)
 
     def _with_prefix(self, batch: Batch) -> Batch:
         if batch.tokens_BTD is None or self.inputs is None or self.inputs.kind != "crops":
@@ -324,19 +333,31 @@ class CachedSource:
         return self._statistics[key]
 
 
+def other_layers_rule(field: Field | None) -> LayersRule | None:
+    """The rule of a field of layers that does not follow the thesis's; None for every other field."""
+    if field is None or field.fingerprint.get("layers") is None:
+        return None
+    return recorded_rule(field.fingerprint, field.space)
+
+
 class PooledTargets:
-    """A pooled field of one split in RAM, every usable row and view: float16 as stored, or float32."""
+    """A pooled field of one split in RAM, every usable row and view: float16 as stored, or float32.
+
+    The largest logits lie there in float32, with their classes, as `packed_rows` makes them.
+    """
 
     def __init__(self, field: Field, table: SampleTable) -> None:
         assert table.image_rows_N is not None
         self.rows_N = table.image_rows_N
-        dtype = np.float16 if field.storage == "float16" else np.float32
-        self.values_NVD = np.empty((len(self.rows_N), table.num_views, *field.row_shape), dtype)
+        as_stored, is_top = field.storage == "float16", field.kind == "top_logits"
+        self.width = 2 * field.row_shape[0] - 1 if is_top else field.row_shape[0]
+        dtype = np.float16 if as_stored and not is_top else np.float32
+        self.values_NVD = np.empty((len(self.rows_N), table.num_views, self.width), dtype)
         for view in range(table.num_views):
             for start in range(0, len(self.rows_N), 65536):
                 rows = self.rows_N[start : start + 65536]
-                values = field.read(rows, view) if field.storage == "float16" else field.values(rows, view)
-                self.values_NVD[start : start + len(rows), view] = values
+                read = functools.partial(packed_rows, field) if is_top else field.read if as_stored else field.values
+                self.values_NVD[start : start + len(rows), view] = read(rows, view)
             field.forget_plain()  # what was read lies in values_NVD now
 
     @property
@@ -350,6 +371,11 @@ class PooledTargets:
         num_views = self.values_NVD.shape[1]
         flat_MD = self.values_NVD.reshape(-1, self.values_NVD.shape[-1])
         flat_MD.take(places_B * num_views + views_B, axis=0, out=out_BD, mode="clip")
+
+
+def packed_rows(field: Field, rows: np.ndarray, views: np.ndarray | int) -> np.ndarray:
+    """float32 [N, 2K + 1] of a field of the largest logits, laid out as by `emkum.models.targets.packed`."""
+    return np.concatenate([field.values(rows, views), field.classes(rows, views).astype(np.float32)], axis=1)
 
 
 def _rows_in(field: Field, rows: BatchRows) -> tuple[np.ndarray | None, np.ndarray | int]:

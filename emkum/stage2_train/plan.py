@@ -21,8 +21,8 @@ from emkum.models.passes import FrozenPass, Wanted, chosen_device, good_compute
 from emkum.shards.reader import Cache
 from emkum.shards.shard_files import VERIFY, ReadThreads, Verify, machine_memory_bytes
 from emkum.stage2_train.live import LiveSource
-from emkum.stage2_train.loader import BatchSource, CachedSource, Prefix
-from emkum.stage2_train.losses import Terms, bank_in_words, make_bank
+from emkum.stage2_train.loader import BatchSource, CachedSource, Prefix, other_layers_rule
+from emkum.stage2_train.losses import Terms, bank_in_words, make_bank, students_rule
 from emkum.stage2_train.mixing import SPARE_BLOCKS, blocks_held
 from emkum.stage2_train.order import Shuffle, TrainOrder
 from emkum.stage2_train.recipe import (
@@ -32,6 +32,7 @@ from emkum.stage2_train.recipe import (
     load_recipe,
     recipe_from_table,
     required_fields,
+    target_kind,
 )
 from emkum.stage2_train.resume import check_same_run, continue_command, run_identity, start_command
 from emkum.stage2_train.run_folder import RunFolder, git_revision
@@ -158,8 +159,9 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
     text_network = load_saved(cache.model_dir(names.text_encoder)) if names.text_encoder else None
     _check_tokenizer(cache, recipe, names)
     _check_target_shape(cache, recipe, names, image_network, text_network)
-    target_width = cache.field(names.targets).row_shape[-1] if names.targets and recipe.kind == "pairs" else None
+    target_width = _target_width(cache, recipe, names)
     student = build_student(recipe, names, image_network, text_network, target_width, seed)
+    _check_rule(cache, recipe, names, student)
     student.checkpoint_activations(config.activation_checkpointing)
 
     prefix = frozen_prefix(image_network, names.cut, compute, device) if image_network and names.live_prefix else None
@@ -170,6 +172,7 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
         held = blocks_held(shuffle.window, cache.rows_per_block, order.batch) if shuffle.window else 0
         _require_memory(cache, names, held)
         source = CachedSource(cache, names, table, prefix, threads=config.threads, held_blocks=held)
+        _check_classes(names, source, target_width)
     terms = Terms(recipe, make_bank(recipe, table, source, target_width))
     identity = run_identity(recipe, cache, names, table, len(order), seed, compute, config.live, shuffle)
     return Plan(
@@ -299,6 +302,37 @@ def _check_tokenizer(cache: Cache, recipe: Recipe, names: FieldNames) -> None:
             )
 
 
+def _target_width(cache: Cache, recipe: Recipe, names: FieldNames) -> int | None:
+    """Numbers that the student's head compares with the target, channels or classes; None without such a target.
+
+    Raises UsageError where a field of the largest logits does not say of how many classes they are.
+    """
+    if names.targets is None or target_kind(recipe) not in ("cls", "logits"):
+        return None
+    field, asked = cache.field(names.targets), recipe.student.head_width
+    if field.kind != "top_logits":
+        return field.row_shape[-1]
+    classes = field.record.get("environment", {}).get("classes")
+    if asked == "auto" and not classes:
+        raise UsageError(
+            f"{names.targets} keeps the {field.row_shape[0] - 1} largest logits, and not how many classes there are",
+            "say how many the teacher has: --set student.head_width=1000",
+        )
+    return int(classes or asked)
+
+
+def _check_classes(names: FieldNames, source: CachedSource, head_width: int | None) -> None:
+    """Raise UsageError where one of the largest logits is of a class that the head does not have."""
+    if head_width is None or source.pooled is None or not source.top_logits:
+        return
+    largest = int(source.pooled.values_NVD[..., source.pooled.width // 2 + 1 :].max())
+    if largest >= head_width:
+        raise UsageError(
+            f"student.head_width = {head_width}: {names.targets} has class {largest}, the first being 0",
+            "say how many classes the teacher has: --set student.head_width=1000",
+        )
+
+
 def _check_target_shape(
     cache: Cache, recipe: Recipe, names: FieldNames, image_network: Network | None, text_network: Network | None
 ) -> None:
@@ -311,12 +345,36 @@ def _check_target_shape(
     student: tuple[int, ...] = (teacher[0], network.width)
     if names.inputs is not None and not names.live_prefix:
         student = cache.field(names.inputs).row_shape
+        rule = other_layers_rule(cache.field(names.targets))
+        if rule is not None and rule.prefix == "drop":
+            student = (student[0] - network.num_prefix, *student[1:])
     if tuple(teacher) != tuple(student):
         raise UsageError(
             f"{names.targets} has {teacher[0]} tokens of {teacher[1]} channels, the student {student[0]} of "
             f"{student[1]}: layers-mse compares them one by one",
             "choose a teacher with the encoder's patch size and width, or the encoder itself",
         )
+
+
+def _check_rule(cache: Cache, recipe: Recipe, names: FieldNames, student: Student) -> None:
+    """Raise UsageError where the rule of the targets counts none of the student's blocks."""
+    if recipe.objectives.layers_mse is None or names.targets is None:
+        return
+    rule = students_rule(student, other_layers_rule(cache.field(names.targets)))
+    if not rule.counted(student.depth):
+        raise UsageError(
+            f"{names.targets} is the {rule.words}: the student has {student.depth} blocks, and none is counted",
+            "train more of them, or choose other targets: --set data.targets=...",
+        )
+
+
+def _layers_line(plan: Plan) -> str:
+    """What layers-mse compares, and what of its rule the student cannot follow."""
+    rule = students_rule(plan.student, other_layers_rule(plan.cache.field(str(plan.names.targets))))
+    depth = plan.student.depth
+    fewer = rule.last is not None and rule.last > len(rule.counted(depth))
+    left = f"; the student has {depth} blocks, and all that are counted take part" if fewer else ""
+    return f"layers-mse: both sides are the {rule.words}{left}"
 
 
 def frozen_prefix(network: Network, cut: int, compute: str, device: torch.device) -> Prefix:
@@ -416,6 +474,8 @@ def run_summary(plan: Plan, info: Mapping[str, Any], validator: Validator | None
         lines.append(f"shuffled by whole blocks, {order.shuffle.window} of them mixed{held} ({plan.why_shuffle})")
     elif plan.why_shuffle:
         lines.append(f"shuffled row by row ({plan.why_shuffle})")
+    if recipe.objectives.layers_mse:
+        lines.append(_layers_line(plan))
     if info["bank"]:
         lines.append(f"bank of ctl: {info['bank']}")
     if validator is not None:

@@ -39,7 +39,7 @@ class DataRecipe:
     encoder: str = "auto"  # the frozen network in front of crops; with token inputs the field's own
     cut: int | Literal["auto"] = ranged("auto", 0)  # the depth it runs to: "auto" is 0; with tokens the field's own
     ids: str = "auto"  # text/<tokenizer>/ids
-    targets: str = "auto"  # teacher/<name>/<image|text>/<cls|layers>
+    targets: str = "auto"  # teacher/<name>/<image|text>/<cls|layers|logits|logits-top>
     captions: Literal["one", "all"] = "one"  # an epoch: each picture once with a drawn caption, or each caption once
     views: Literal["draw", "first"] = "draw"  # of several views of a picture: one drawn each epoch, or view 0
 
@@ -57,6 +57,7 @@ class StudentRecipe:
     frozen_image_blocks: int = ranged(0, 0)  # of the student's image blocks, the first so many stay as they are
     frozen_text_blocks: int = ranged(0, 0)
     train_embeddings: bool = False  # the text encoder's token embedding, positions and their norm
+    shared: Literal["blocks", "mlp", "attention-mlp"] = "blocks"  # Transformer blocks, or shared_mlp.py
     shared_blocks: int = ranged(1, 0)
     shared_heads: int | Literal["auto"] = ranged("auto", 1)  # "auto": heads of 64 channels
     shared_mlp_ratio: float = ranged(4.0, 0.25, 16.0)
@@ -68,10 +69,12 @@ class StudentRecipe:
 
 @dataclass(frozen=True)
 class ItcRecipe:
-    """Image-text contrast; see objectives/itc.py."""
+    """Image-text contrast; see objectives/itc.py. `layers`: the student's features, or every layer of its shared MLP,
+    each with its own temperature, and the mean of their losses."""
 
     weight: float = ranged(1.0, 0.0)
     temperature: float = ranged(0.07, 0.01, 10.0)  # the start of the learned one
+    layers: Literal["last", "all"] = "last"
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,23 @@ class LayersMseRecipe:
 
 
 @dataclass(frozen=True)
+class LogitsKlRecipe:
+    """The teacher's class distribution, predicted by the head; see objectives/logits_kl.py."""
+
+    weight: float = ranged(1.0, 0.0)
+    temperature: float = ranged(1.0, 0.01, 100.0)  # T; fixed
+
+
+@dataclass(frozen=True)
+class RankingRecipe:
+    """Hinge on cosines of pairs and others; see objectives/ranking.py. `layers` as for itc."""
+
+    weight: float = ranged(1.0, 0.0)
+    margin: float = ranged(0.1, 0.0, 2.0)
+    layers: Literal["last", "all"] = "last"
+
+
+@dataclass(frozen=True)
 class ObjectivesRecipe:
     """The terms of the loss. A term whose table is absent is not computed."""
 
@@ -106,6 +126,8 @@ class ObjectivesRecipe:
     ctl: CtlRecipe | None = None
     cls_mse: ClsMseRecipe | None = None
     layers_mse: LayersMseRecipe | None = None
+    logits_kl: LogitsKlRecipe | None = None
+    ranking: RankingRecipe | None = None
 
 
 @dataclass(frozen=True)
@@ -337,7 +359,12 @@ def _check_range(value: Any, written: Any, spec: dataclasses.Field[Any], where: 
             raise UsageError(f"{where}: {path} = {written!r} is not {span}", f"change it with --set {path}=...")
 
 
-KIND_TERMS = {"pairs": ("itc", "ctl", "cls_mse"), "images": ("layers_mse",), "texts": ("layers_mse",)}
+KIND_TERMS = {
+    "pairs": ("itc", "ctl", "cls_mse", "logits_kl", "ranking"),
+    "images": ("layers_mse", "logits_kl"),
+    "texts": ("layers_mse",),
+}
+TARGETS_OF_TERMS = {"ctl": "cls", "cls_mse": "cls", "layers_mse": "layers", "logits_kl": "logits"}
 KEYS_WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "pairs": (),
     "images": (
@@ -370,6 +397,8 @@ def _check_kind(recipe: Recipe, where: str) -> None:
             )
     if not recipe.terms:
         raise UsageError(f"{where} has no objective", f"{recipe.kind} take {', '.join(allowed)}")
+    _check_targets(recipe, where)
+    _check_shared(recipe, where)
     nothing = Recipe(recipe.name, recipe.kind).to_json()
     for path in KEYS_WITHOUT_EFFECT[recipe.kind]:
         table, key = path.split(".")
@@ -384,8 +413,44 @@ def _check_kind(recipe: Recipe, where: str) -> None:
             f"{where}: data.targets = {recipe.data.targets!r} has no effect: no objective reads a target",
             "leave data.targets out, or add an objective: --set objectives.ctl.weight=1",
         )
-    if recipe.kind != "pairs" and recipe.student.head_width != "auto":
+    if recipe.kind != "pairs" and recipe.student.head_width != "auto" and not recipe.objectives.logits_kl:
         raise UsageError(f"{where}: student.head_width is for pairs", "leave it out: layers_mse reads the blocks")
+
+
+def target_kind(recipe: Recipe) -> str | None:
+    """What the recipe's objectives compare with: a teacher's "cls", "layers" or "logits"; None for nothing."""
+    return next((TARGETS_OF_TERMS[term] for term in recipe.terms if term in TARGETS_OF_TERMS), None)
+
+
+def _check_targets(recipe: Recipe, where: str) -> None:
+    """A recipe reads one target: raise UsageError where its objectives ask for several."""
+    asked = {term: TARGETS_OF_TERMS[term] for term in recipe.terms if term in TARGETS_OF_TERMS}
+    if len(set(asked.values())) > 1:
+        reads = ", ".join(f"objectives.{term} reads {kind}" for term, kind in asked.items())
+        last = list(asked)[-1]
+        raise UsageError(
+            f"{where}: {reads}, and a recipe has one target", f"take one out: --set objectives.{last}=none"
+        )
+
+
+def _check_shared(recipe: Recipe, where: str) -> None:
+    """Raise UsageError for what a student without a shared MLP, or with one, has no use for."""
+    wanted = recipe.student
+    if wanted.shared != "blocks" and recipe.kind != "pairs":
+        raise UsageError(f"{where}: student.shared = {wanted.shared!r} is for pairs", "leave student.shared out")
+    if wanted.shared != "blocks" and wanted.shared_blocks != StudentRecipe.shared_blocks:
+        raise UsageError(
+            f"{where}: student.shared_blocks = {wanted.shared_blocks} has no effect: student.shared = "
+            f"{wanted.shared!r} takes the place of the blocks",
+            "leave student.shared_blocks out, or --set student.shared=blocks",
+        )
+    for term in ("itc", "ranking"):
+        found = getattr(recipe.objectives, term)
+        if found is not None and found.layers == "all" and wanted.shared == "blocks":
+            raise UsageError(
+                f"{where}: objectives.{term}.layers = 'all' has no effect: student.shared = 'blocks' has one output",
+                f'--set objectives.{term}.layers=last, or student.shared="mlp" or "attention-mlp"',
+            )
 
 
 def _plain(value: Any) -> Any:
@@ -447,17 +512,17 @@ class FieldNames:
 TOKENS = re.compile(r"image/(?P<network>.+)@(?P<cut>\d+)/tokens")
 IDS = re.compile(r"text/(?P<network>.+)/ids")
 IMAGE_CLS = re.compile(r"teacher/(?P<network>.+)/image/cls")
+IMAGE_LOGITS = re.compile(r"teacher/(?P<network>.+)/image/logits(-top)?")
 IMAGE_LAYERS = re.compile(r"teacher/(?P<network>.+)/image/layers")
 TEXT_LAYERS = re.compile(r"teacher/(?P<network>.+)/text/layers")
 
 
 def target_pattern(recipe: Recipe) -> re.Pattern[str] | None:
     """The names of fields that can be the recipe's targets, or None if it regresses nothing."""
-    if recipe.kind == "images":
-        return IMAGE_LAYERS
-    if recipe.kind == "texts":
-        return TEXT_LAYERS
-    return IMAGE_CLS if recipe.objectives.ctl or recipe.objectives.cls_mse else None
+    kind = target_kind(recipe)
+    if kind == "layers":
+        return IMAGE_LAYERS if recipe.kind == "images" else TEXT_LAYERS
+    return {"cls": IMAGE_CLS, "logits": IMAGE_LOGITS, None: None}[kind]
 
 
 def required_fields(recipe: Recipe, cache: Cache) -> FieldNames:
@@ -478,10 +543,25 @@ def required_fields(recipe: Recipe, cache: Cache) -> FieldNames:
         )
     pattern, targets = target_pattern(recipe), None
     if pattern is not None:
-        kind = "cls" if recipe.kind == "pairs" else "layers"
-        flag = f"--teacher <{'text' if recipe.kind == 'texts' else 'image'} network> --targets {kind}"
+        kind = target_kind(recipe)
+        teacher = (
+            "image classifier" if kind == "logits" else "text network" if recipe.kind == "texts" else "image network"
+        )
+        flag = f"--teacher <{teacher}> --targets {kind}"
         targets = _choose(cache, "data.targets", wanted.targets, pattern, recipe, flag, f"a teacher's {kind} targets")
+        _check_temperature(recipe, targets)
     return FieldNames(inputs, encoder, cut, ids, targets)
+
+
+def _check_temperature(recipe: Recipe, targets: str) -> None:
+    """Raise UsageError for a temperature that the largest logits alone do not have: the rest is a sum at 1."""
+    wanted = recipe.objectives.logits_kl
+    if wanted is not None and wanted.temperature != 1 and targets.endswith("-top"):
+        raise UsageError(
+            f"recipe {recipe.name}: objectives.logits_kl.temperature = {wanted.temperature:g}, and of {targets} the "
+            "logits that were not kept are known as one sum at temperature 1",
+            "--set objectives.logits_kl.temperature=1, or extract all logits, without --logits-top",
+        )
 
 
 def _inputs(recipe: Recipe, cache: Cache) -> tuple[str, str, int]:
@@ -566,7 +646,7 @@ def _choose(
 
 def _shape_of(pattern: re.Pattern[str]) -> str:
     """The names a pattern fits, for people: teacher/<network>/image/cls."""
-    return re.sub(r"\(\?P(<\w+>)[^)]*\)", r"\1", pattern.pattern)
+    return re.sub(r"\(\?P(<\w+>)[^)]*\)", r"\1", pattern.pattern).replace("(-top)?", "[-top]")
 
 
 def extract_command(cache: Cache, split: str, flags: str) -> str:
@@ -634,6 +714,7 @@ def choose_recipe(cache: Cache, overrides: Sequence[str] = ()) -> tuple[str, str
             "crops": CROPS,
             "ids": IDS,
             "cls": IMAGE_CLS,
+            "logits": IMAGE_LOGITS,
             "layers": IMAGE_LAYERS,
             "text_layers": TEXT_LAYERS,
         }.items()
@@ -644,6 +725,8 @@ def choose_recipe(cache: Cache, overrides: Sequence[str] = ()) -> tuple[str, str
     pairs = inputs and has["ids"] and split in cache.splits and has_paired_captions(cache, split)
     if pairs and has["cls"]:
         return "ssmke", "the cache has picture-caption pairs and a teacher's image CLS"
+    if pairs and has["logits"]:
+        return "shre-transformer", "the cache has picture-caption pairs and a teacher's class logits"
     if inputs and has["layers"]:
         return "image-kd", "the cache has image inputs and a teacher's layers at all tokens"
     if has["ids"] and has["text_layers"]:

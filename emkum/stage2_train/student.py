@@ -6,16 +6,18 @@ B batch, T tokens, L text tokens, D width.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from emkum.errors import UsageError
-from emkum.models.backbone import Backbone, BackboneSpec, BlockStack, StackSpec, TextEmbedding
+from emkum.models.backbone import Backbone, BackboneSpec, BlocksOut, BlockStack, StackSpec, TextEmbedding
 from emkum.models.network import Network
 from emkum.stage2_train.recipe import Blocks, FieldNames, Recipe
+from emkum.stage2_train.shared_mlp import AttentionMlp, SharedMlp, SharedMlpSpec, build_shared_mlp, start_anew
 
 Pooling = Literal["cls", "mean"]
 TOKEN_TYPE_SCALE = 1e-5  # THESIS.md section 1: LayerScale start of the token-type embedding
@@ -51,7 +53,7 @@ class StudentSpec:
     """Everything that decides what a student computes, but its weights. JSON round trip by to_json and from_json.
 
     width: of the image side, the shared blocks and the head's input. head_width None: no final norm and no head,
-    features are pooled from the last block (unimodal students).
+    features are pooled from the last block (unimodal students). shared_mlp: in place of shared blocks.
     """
 
     image: ImageSide | None
@@ -60,6 +62,15 @@ class StudentSpec:
     shared: StackSpec | None
     token_types: bool
     head_width: int | None
+    shared_mlp: SharedMlpSpec | None = None
+
+    @property
+    def contrast_widths(self) -> tuple[int, ...]:
+        """Channels of each of `StudentOut.layers`."""
+        if self.shared_mlp is None:
+            return (self.head_width or self.width,)
+        widths = self.shared_mlp.hidden, self.width
+        return widths if self.shared_mlp.heads else (*widths, self.head_width or self.width)
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types."""
@@ -84,6 +95,7 @@ class StudentSpec:
             shared=_stack_from(found["shared"]),
             token_types=found["token_types"],
             head_width=found["head_width"],
+            shared_mlp=SharedMlpSpec(**found["shared_mlp"]) if found.get("shared_mlp") else None,  # emkum 0.2: no key
         )
 
 
@@ -97,11 +109,17 @@ class StudentOut:
 
     features_BD: for retrieval and contrast, float32, not normalised. hidden: the tokens after every block of the
     student, shared ones included; where features are pooled from CLS and nothing else is read, the last block hands
-    out CLS alone, [B, 1, D].
+    out CLS alone, [B, 1, D]. predicted_BD: the head's output, which is compared with the teacher's; the features
+    themselves, but of a student of pictures alone and of one with attention in its shared MLP. layers: of a shared
+    MLP, all that can meet in contrast, the features last; else the features alone. ffn: beside `hidden`, the output of
+    every block's feed-forward network before LayerScale and residual, if it was asked for.
     """
 
     features_BD: Tensor
     hidden: list[Tensor]
+    predicted_BD: Tensor
+    layers: list[Tensor]
+    ffn: list[Tensor] = field(default_factory=list)
 
 
 class Student(nn.Module):
@@ -118,6 +136,7 @@ class Student(nn.Module):
         self.token_types = nn.Parameter(torch.zeros(2, spec.width)) if spec.token_types else None
         self.token_type_scale = nn.Parameter(torch.full((spec.width,), TOKEN_TYPE_SCALE)) if spec.token_types else None
         self.shared_blocks = BlockStack(spec.shared) if spec.shared else None
+        self.shared_mlp = build_shared_mlp(spec.width, spec.shared_mlp) if spec.shared_mlp else None
         self.norm = nn.LayerNorm(spec.width, eps=1e-6) if spec.head_width is not None else None
         self.head = nn.Linear(spec.width, spec.head_width) if spec.head_width is not None else None
 
@@ -131,7 +150,15 @@ class Student(nn.Module):
         """The network whose tokenizer, embedding and first blocks the text side has."""
         return self.spec.text.encoder if self.spec.text else None
 
-    def encode_images(self, tokens_BTD: Tensor, *, grid: tuple[int, int] | None = None) -> StudentOut:
+    @property
+    def depth(self) -> int:
+        """Blocks a sample goes through; of a student of both modalities those of pictures."""
+        own = self.image_blocks if self.spec.image else self.text_blocks
+        return sum(stack.depth for stack in (own, self.shared_blocks) if stack is not None)
+
+    def encode_images(
+        self, tokens_BTD: Tensor, *, grid: tuple[int, int] | None = None, keep_ffn: bool = False
+    ) -> StudentOut:
         """Tokens of the frozen encoder at the cut, floating point -> features.
 
         grid: rows and columns of patches, for blocks with a relative position bias; a square is assumed.
@@ -140,61 +167,96 @@ class Student(nn.Module):
         if side is None:
             raise ValueError("this student reads texts only")
         queries = self._queries(side)
-        early = queries if self.shared_blocks is None else None
-        hidden = [] if self.image_blocks is None else self.image_blocks(tokens_BTD, grid=grid, queries=early)
-        last_BTD = self._through_shared(hidden[-1] if hidden else tokens_BTD, None, 0, hidden, queries)
-        pooled_BD = last_BTD[:, 0] if side.pooling == "cls" else last_BTD[:, side.num_prefix :].mean(dim=1)
-        return self._out(pooled_BD, hidden)
+        out = BlocksOut([], [])
+        if self.image_blocks is not None:
+            out = self.image_blocks.run(tokens_BTD, grid=grid, queries=self._early(queries), keep_ffn=keep_ffn)
+        tokens_BTD = self._typed(out.hidden[-1] if out.hidden else tokens_BTD, 0)
 
-    def encode_texts(self, ids_BL: Tensor, mask_BL: Tensor) -> StudentOut:
+        def pooled(tokens_BTD: Tensor) -> Tensor:
+            return tokens_BTD[:, 0] if side.pooling == "cls" else tokens_BTD[:, side.num_prefix :].mean(dim=1)
+
+        return self._through_shared(tokens_BTD, None, out, queries, pooled, keep_ffn)
+
+    def encode_texts(self, ids_BL: Tensor, mask_BL: Tensor, *, keep_ffn: bool = False) -> StudentOut:
         """Token ids, int64, and which of them are real, bool -> features. Pads change nothing."""
         side = self.spec.text
         if side is None or self.text_embedding is None:
             raise ValueError("this student reads pictures only")
         tokens_BLD = self.text_embedding(ids_BL, mask_BL)
         queries = self._queries(side)
-        early = queries if self.shared_blocks is None else None
-        hidden = [] if self.text_blocks is None else self.text_blocks(tokens_BLD, mask_BL, queries=early)
-        tokens_BLD = hidden[-1] if hidden else tokens_BLD
+        out = BlocksOut([], [])
+        if self.text_blocks is not None:
+            early = self._early(queries)
+            out = self.text_blocks.run(tokens_BLD, mask_BT=mask_BL, queries=early, keep_ffn=keep_ffn)
+        tokens_BLD = out.hidden[-1] if out.hidden else tokens_BLD
         if self.text_projection is not None:
             tokens_BLD = self.text_projection(tokens_BLD).float()  # the residual stream, not rounded
-        last_BLD = self._through_shared(tokens_BLD, mask_BL, 1, hidden, queries)
-        pooled_BD = last_BLD[:, 0] if side.pooling == "cls" else masked_mean(last_BLD, mask_BL)
-        return self._out(pooled_BD, hidden)
+
+        def pooled(tokens_BLD: Tensor) -> Tensor:
+            return tokens_BLD[:, 0] if side.pooling == "cls" else masked_mean(tokens_BLD, mask_BL)
+
+        return self._through_shared(self._typed(tokens_BLD, 1), mask_BL, out, queries, pooled, keep_ffn)
 
     def _queries(self, side: ImageSide | TextSide) -> int | None:
         """Tokens needed of the last block: CLS alone where features are pooled from it, else all (None).
 
         A student without a head learns from every token.
         """
-        return 1 if self.head is not None and side.pooling == "cls" else None
+        learns_from_all = self.head is None and self.shared_mlp is None
+        return 1 if side.pooling == "cls" and not learns_from_all else None
+
+    def _early(self, queries: int | None) -> int | None:
+        """Tokens needed of the last block of a modality: every one, where a shared block or attention follows."""
+        return None if self.shared_blocks is not None or isinstance(self.shared_mlp, AttentionMlp) else queries
+
+    def _typed(self, tokens_BTD: Tensor, modality: int) -> Tensor:
+        if self.token_types is None or self.token_type_scale is None:
+            return tokens_BTD
+        return tokens_BTD + self.token_type_scale * self.token_types[modality]
 
     def _through_shared(
         self,
         tokens_BTD: Tensor,
         mask_BT: Tensor | None,
-        modality: int,
-        hidden: list[Tensor],
+        out: BlocksOut,
         queries: int | None,
-    ) -> Tensor:
-        """Token type, shared blocks (appended to `hidden`), final norm."""
-        if self.token_types is not None and self.token_type_scale is not None:
-            tokens_BTD = tokens_BTD + self.token_type_scale * self.token_types[modality]
+        pooled: Callable[[Tensor], Tensor],
+        keep_ffn: bool,
+    ) -> StudentOut:
+        """Shared blocks (after those of `out`) or the shared MLP, final norm, head."""
+        hidden, ffn = out.hidden, out.ffn
+        if isinstance(self.shared_mlp, SharedMlp):
+            first_BF, second_BD = self.shared_mlp(pooled(tokens_BTD))
+            head_BD = self._head(self._normed(second_BD))
+            return StudentOut(head_BD, hidden, head_BD, [first_BF.float(), second_BD.float(), head_BD], ffn)
+        if isinstance(self.shared_mlp, AttentionMlp):
+            first_BTF, second_BTD, out_BTD = self.shared_mlp(tokens_BTD, mask_BT, queries)
+            features_BD = pooled(second_BTD.float())
+            head_BD = self._head(self._normed(pooled(out_BTD)))
+            return StudentOut(features_BD, hidden, head_BD, [pooled(first_BTF.float()), features_BD], ffn)
         if self.shared_blocks is not None:
-            hidden += self.shared_blocks(tokens_BTD, mask_BT, queries=queries)
+            shared = self.shared_blocks.run(tokens_BTD, mask_BT=mask_BT, queries=queries, keep_ffn=keep_ffn)
+            hidden, ffn = [*hidden, *shared.hidden], [*ffn, *shared.ffn]
             tokens_BTD = hidden[-1]
+        pooled_BD = pooled(self._normed(tokens_BTD)).float()
+        head_BD = self._head(pooled_BD)
+        features_BD = pooled_BD if self.spec.text is None else head_BD
+        return StudentOut(features_BD, hidden, head_BD, [features_BD], ffn)
+
+    def _normed(self, tokens_BTD: Tensor) -> Tensor:
         if self.norm is None:
             return tokens_BTD
         with torch.autocast(tokens_BTD.device.type, enabled=False):
             normed_BTD: Tensor = self.norm(tokens_BTD.float())
         return normed_BTD
 
-    def _out(self, pooled_BD: Tensor, hidden: list[Tensor]) -> StudentOut:
-        features_BD = pooled_BD.float()
-        if self.head is not None:
-            with torch.autocast(features_BD.device.type, enabled=False):
-                features_BD = self.head(features_BD)
-        return StudentOut(features_BD, hidden)
+    def _head(self, pooled_BD: Tensor) -> Tensor:
+        """The head's output, float32; without a head what it got."""
+        if self.head is None:
+            return pooled_BD.float()
+        with torch.autocast(pooled_BD.device.type, enabled=False):
+            head_BD: Tensor = self.head(pooled_BD.float())
+        return head_BD
 
     def checkpoint_activations(self, wanted: bool) -> None:
         """Recompute activations in the backward pass: less memory, a third more time, the same numbers."""
@@ -210,6 +272,7 @@ class Student(nn.Module):
             "text blocks": self.text_blocks,
             "text projection": self.text_projection,
             "shared blocks": self.shared_blocks,
+            "shared MLP": self.shared_mlp,
             "final norm": self.norm,
             "head": self.head,
         }
@@ -293,6 +356,8 @@ def _random_student(spec: StudentSpec, seed: int) -> Student:
             nn.init.zeros_(linear.bias)
     if student.token_types is not None:
         nn.init.trunc_normal_(student.token_types, std=0.02)
+    if student.shared_mlp is not None:
+        start_anew(student.shared_mlp)
     if spec.shared is not None:
         block = spec.shared.block
         ratio = block.mlp_width / block.width
@@ -321,8 +386,9 @@ def student_spec(
         stack = dataclasses.replace(backbone.stack.spec, depth=blocks) if blocks else None
         text = TextSide(text_network.name, backbone.spec, stack, wanted.text_pooling)
     width = image_network.width if image_network is not None else text_network.width if text_network else 0
-    shared = _shared_spec(recipe, width)
-    trained_blocks = shared or (image and image.stack) or (text and text.stack)
+    shared = _shared_spec(recipe, width) if wanted.shared == "blocks" else None
+    shared_mlp = _shared_mlp_spec(recipe, width) if wanted.shared != "blocks" else None
+    trained_blocks = shared or shared_mlp or (image and image.stack) or (text and text.stack)
     if not trained_blocks:
         asked = f"cut {names.cut}, image_blocks {wanted.image_blocks!r}"
         if recipe.kind != "images":
@@ -332,8 +398,12 @@ def student_spec(
             f"ask for some: --set student.{'text' if recipe.kind == 'texts' else 'image'}_blocks=all",
         )
     _check_frozen(recipe, image, text)
+    if text_network is not None and not shared and not (shared_mlp and shared_mlp.heads):
+        _check_pooled(text_network, wanted.text_pooling)
     head_width = None
-    if recipe.kind == "pairs":
+    # Behind an attention the features come from in front of the head, and those of one modality too: without a target
+    # nothing would read it.
+    if target_width or (recipe.kind == "pairs" and wanted.shared != "attention-mlp"):
         head_width = (target_width or width) if wanted.head_width == "auto" else wanted.head_width
         if target_width and head_width != target_width:
             raise UsageError(
@@ -341,7 +411,17 @@ def student_spec(
                 "features are compared with it",
                 f"leave student.head_width out, or set it to {target_width}",
             )
-    return StudentSpec(image, text, width, shared, wanted.token_types, head_width)
+    return StudentSpec(image, text, width, shared, wanted.token_types, head_width, shared_mlp)
+
+
+def _check_pooled(network: Network, pooling: Pooling) -> None:
+    """Raises UsageError where the first token, which is pooled, has seen no other."""
+    if transformer(network).spec.causal and pooling == "cls":
+        raise UsageError(
+            f'student.text_pooling = "cls": a token of {network.name} sees only what stands before it, so its first '
+            "token is the same for every text",
+            "pool the mean: --set student.text_pooling=mean",
+        )
 
 
 def transformer(network: Network) -> Backbone:
@@ -372,14 +452,24 @@ def _shared_spec(recipe: Recipe, width: int) -> StackSpec | None:
     wanted = recipe.student
     if not wanted.shared_blocks:
         return None
+    random = BlockStack.random(width, _shared_heads(recipe, width), 1, wanted.shared_mlp_ratio)
+    return dataclasses.replace(random.spec, depth=wanted.shared_blocks)
+
+
+def _shared_mlp_spec(recipe: Recipe, width: int) -> SharedMlpSpec:
+    hidden = round(width * recipe.student.shared_mlp_ratio)
+    return SharedMlpSpec(hidden, _shared_heads(recipe, width) if recipe.student.shared == "attention-mlp" else None)
+
+
+def _shared_heads(recipe: Recipe, width: int) -> int:
+    wanted = recipe.student
     heads = max(1, width // 64) if wanted.shared_heads == "auto" else wanted.shared_heads
     if not heads or width % heads:
         raise UsageError(
             f"student.shared_heads = {heads} does not divide the student's width {width}",
             "choose a divisor: --set student.shared_heads=...",
         )
-    random = BlockStack.random(width, heads, 1, wanted.shared_mlp_ratio)
-    return dataclasses.replace(random.spec, depth=wanted.shared_blocks)
+    return heads
 
 
 def _check_frozen(recipe: Recipe, image: ImageSide | None, text: TextSide | None) -> None:

@@ -87,6 +87,7 @@ def _relative_bias(checkpoint: Checkpoint) -> SharedOrNot:
 FAMILIES = (
     Family(
         name="beit",
+        phrase="BEiT: codes of DALL-E's dVAE predicted at masked patches",
         modality="image",
         model_types=("beit",),
         rename=legacy_name("beit."),

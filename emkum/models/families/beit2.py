@@ -2,33 +2,68 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 from emkum.errors import UnsupportedNetwork
 from emkum.models.backbone import BackboneSpec
 from emkum.models.families.checkpoint import Checkpoint, KeyMap, Shapes, refuse_fine_tuned
 from emkum.models.families.family import CatalogueEntry, Family
 from emkum.models.preprocessing import Preprocessing
 
-TABLE = "rel_pos_bias.relative_position_bias_table"
+_TABLE = "relative_position_bias_table"
+TABLE = f"rel_pos_bias.{_TABLE}"
+
+_FINE_TUNED = r"^(head|fc_norm)\.|^blocks\.\d+\.attn\.relative_position_bias_table$"
 
 
 def recognises(shapes: Shapes) -> bool:
-    """Biases of queries and values alone, and a table of relative positions, shared or (fine-tuned) per block."""
+    """BEiT's names, and the blocks that gather patches into CLS (`cls_pt_layers`), or what fine-tuning leaves.
+
+    BEiT's names alone are not enough: BEiT and data2vec vision have the same, and other colours or another training.
+    """
+    named = "blocks.0.attn.q_bias" in shapes and "patch_embed.proj.weight" in shapes
     biased = any(name.endswith("relative_position_bias_table") for name in shapes)
-    return biased and "blocks.0.attn.q_bias" in shapes and "patch_embed.proj.weight" in shapes
+    return named and biased and any(re.search(rf"^cls_pt_layers\.|{_FINE_TUNED}", name) for name in shapes)
 
 
 def key_map(checkpoint: Checkpoint) -> KeyMap:
     """Everything is inferred from the shapes: the file has no configuration. Refuses fine-tuned files."""
-    fine_tuned = r"^(head|fc_norm)\.|^blocks\.\d+\.attn\.relative_position_bias_table$"
-    refuse_fine_tuned(checkpoint, fine_tuned, "a file named ..._pt1k.pth, such as beit2 in the catalogue")
+    return original_key_map(checkpoint, "beit2", "a file named ..._pt1k.pth, such as beit2 in the catalogue")
+
+
+def original_key_map(checkpoint: Checkpoint, family: str, instead: str) -> KeyMap:
+    """Of any file with BEiT's own names, shared relative biases and no head of a classifier."""
+    refuse_fine_tuned(checkpoint, _FINE_TUNED, instead)
+    return _key_map(checkpoint, family, instead, TABLE)
+
+
+def fine_tuned_key_map(checkpoint: Checkpoint) -> KeyMap:
+    """Of a file that was fine-tuned with labels: a bias table in each block, and no norm on the tokens.
+
+    The network classifies by `fc_norm` and `head` of the patches' mean; both are dropped, and the tokens are those it
+    takes the mean of. It is read under its name in the catalogue or by `convert --family` alone: any other such file is
+    refused as a self-supervised teacher.
+    """
+    found = _key_map(checkpoint, "beit2-ft", "a file named ..._ft21kto1k.pth", "blocks.0.attn." + _TABLE)
+    assert isinstance(found.spec, BackboneSpec)
+    spec = dataclasses.replace(found.spec, relative_bias="per_block", final_norm=False)
+    sources = {
+        ours: theirs for ours, theirs in found.sources.items() if not ours.startswith(("norm.", "stack.biases."))
+    }
+    sources |= {f"stack.biases.{i}.table": f"blocks.{i}.attn.{_TABLE}" for i in range(spec.depth)}
+    return KeyMap(spec, sources, drop=(r"^(head|fc_norm)\.", r"relative_position_index$"))
+
+
+def _key_map(checkpoint: Checkpoint, family: str, instead: str, table: str) -> KeyMap:
     shapes = checkpoint.shapes
-    if TABLE not in shapes or "patch_embed.proj.weight" not in shapes or "blocks.0.mlp.fc1.weight" not in shapes:
-        raise UnsupportedNetwork(f"{checkpoint.label} is no BEiT-2: it lacks {TABLE}", "use an original BEiT-2 file")
+    if table not in shapes or "patch_embed.proj.weight" not in shapes or "blocks.0.mlp.fc1.weight" not in shapes:
+        raise UnsupportedNetwork(f"{checkpoint.label} is no {family}: it lacks {table}", f"use {instead}")
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
-    num_rows, heads = shapes[TABLE]
+    num_rows, heads = shapes[table]
     grid = (round((num_rows - 3) ** 0.5) + 1) // 2
     spec = BackboneSpec(
-        family="beit2",
+        family=family,
         modality="image",
         depth=1 + max(int(n.split(".")[1]) for n in shapes if n.startswith("blocks.")),
         width=width,
@@ -83,6 +118,7 @@ def _entry(name: str, file: str, width: int, depth: int, notes: str) -> Catalogu
 FAMILIES = (
     Family(
         name="beit2",
+        phrase="BEiT-2: codes distilled from CLIP predicted at masked patches",
         modality="image",
         model_types=(),
         rename=str,
@@ -93,6 +129,29 @@ FAMILIES = (
             _entry("beit2", "base_patch16_224_pt1k", 768, 12, "1600 epochs"),
             _entry("beit2-300e", "base_patch16_224_pt1k_300e", 768, 12, "300 epochs"),
             _entry("beit2-large", "large_patch16_224_pt1k", 1024, 24, "1600 epochs"),
+        ),
+    ),
+    Family(
+        name="beit2-ft",
+        phrase="BEiT-2 fine-tuned: then a classifier of ImageNet-21k and -1k",
+        modality="image",
+        model_types=(),
+        rename=str,
+        key_map=fine_tuned_key_map,
+        preprocessing=Preprocessing(crop_fraction=0.9),
+        default_targets=("mean", "patches"),
+        entries=(
+            CatalogueEntry(
+                "beit2-ft",
+                f"{_RELEASE}_base_patch16_224_pt1k_ft21kto1k.pth",
+                "class_labels",
+                "MIT",
+                width=768,
+                depth=12,
+                patch=16,
+                tokens=197,
+                notes="supervised, to compare with; it classifies by the mean of its patches",
+            ),
         ),
     ),
 )

@@ -60,6 +60,7 @@ def key_map(checkpoint: Checkpoint, family: str = "bert", pad_id: int = 0, rober
 FAMILIES = (
     Family(
         name="bert",
+        phrase="BERT: masked words predicted",
         modality="text",
         model_types=("bert",),
         rename=legacy_name("bert."),

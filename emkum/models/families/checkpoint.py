@@ -5,21 +5,32 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from emkum.errors import UnsupportedNetwork, WeightsUnavailable
-from emkum.models.audio import AudioSpec
-from emkum.models.backbone import BackboneSpec
-from emkum.models.resnet import ResNetSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 SAFETENSORS, TORCH_BIN = "model.safetensors", "pytorch_model.bin"
+
+
+class Architecture(Protocol):
+    """Everything that decides what a network computes, but its weights: BackboneSpec, ResNetSpec or a family's own."""
+
+    @property
+    def family(self) -> str: ...
+
+    def build(self) -> Any:
+        """A network of this shape, a torch module."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON types, with its `kind`; the class's from_json reads it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class KeyMap:
     changes: of some of ours, what is done with the tensor read: a part cut out, axes exchanged.
     """
 
-    spec: BackboneSpec | ResNetSpec | AudioSpec
+    spec: Architecture
     sources: Mapping[str, str | tuple[str, ...]]
     drop: tuple[str, ...] = ()
     changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
@@ -132,12 +143,17 @@ def of_tensors(tensors: Mapping[str, Tensor], label: str, config: dict[str, Any]
 
 
 def load_torch(path: Path) -> Any:
-    """What a torch file holds, unpickled with weights_only. Raises UnsupportedNetwork for anything else in it."""
+    """What a torch file holds, unpickled with weights_only. Raises UnsupportedNetwork for anything else in it.
+
+    Tensors stay in the file until they are used, so that names and shapes cost nothing; not of files of torch < 1.6.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"a {foreign.group(1)}" if foreign else str(error).splitlines()[0]
         raise UnsupportedNetwork(
-            f"{path} is damaged or holds more than tensors ({str(error).splitlines()[0]})",
+            f"{path} is damaged or holds more than tensors ({reason})",
             "fetch it again, or convert it to safetensors where you trust it",
         ) from error
 

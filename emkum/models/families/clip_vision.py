@@ -29,7 +29,7 @@ def key_map(checkpoint: Checkpoint) -> KeyMap:
         patch=square(config.get("patch_size", 32), "patches of"),
         image_size=square(config.get("image_size", 224), "pictures of"),
     )
-    sources: dict[str, str | tuple[str, ...]] = {
+    sources = block_sources(spec.depth) | {
         "embedding.cls": "embeddings.class_embedding",
         "embedding.positions": "embeddings.position_embedding.weight",
         "embedding.patch.weight": "embeddings.patch_embedding.weight",
@@ -37,7 +37,14 @@ def key_map(checkpoint: Checkpoint) -> KeyMap:
     for end in ("weight", "bias"):
         sources[f"embedding.norm.{end}"] = f"pre_layrnorm.{end}"
         sources[f"norm.{end}"] = f"post_layernorm.{end}"
-    for i in range(spec.depth):
+    text_and_projections = (r"^text_model\.", r"^(text|visual)_projection\.", r"^logit_scale$")
+    return KeyMap(spec, sources, drop=(*text_and_projections, r"position_ids$"))
+
+
+def block_sources(depth: int) -> dict[str, str | tuple[str, ...]]:
+    """Where the tensors of the blocks are; both halves of CLIP name them alike."""
+    sources: dict[str, str | tuple[str, ...]] = {}
+    for i in range(depth):
         ours, theirs = f"stack.blocks.{i}", f"encoder.layers.{i}"
         for end in ("weight", "bias"):
             sources |= {
@@ -48,8 +55,7 @@ def key_map(checkpoint: Checkpoint) -> KeyMap:
                 f"{ours}.fc1.{end}": f"{theirs}.mlp.fc1.{end}",
                 f"{ours}.fc2.{end}": f"{theirs}.mlp.fc2.{end}",
             }
-    text_and_projections = (r"^text_model\.", r"^(text|visual)_projection\.", r"^logit_scale$")
-    return KeyMap(spec, sources, drop=(*text_and_projections, r"position_ids$"))
+    return sources
 
 
 def _entry(name: str, repo: str, width: int, depth: int, patch: int) -> CatalogueEntry:
@@ -60,6 +66,7 @@ def _entry(name: str, repo: str, width: int, depth: int, patch: int) -> Catalogu
 FAMILIES = (
     Family(
         name="clip-vision",
+        phrase="CLIP, its half for pictures: captions matched to pictures",
         modality="image",
         model_types=("clip", "clip_vision_model"),
         rename=lambda name: name.removeprefix("vision_model."),

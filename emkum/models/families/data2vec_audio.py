@@ -172,6 +172,7 @@ FAMILIES = (
         key_map=key_map,
         default_targets=("mean", "layers"),
         layers_rule="data2vec",
+        phrase="data2vec (version 1) of sound, regresses its own averaged layers",
         spec=AudioSpec,
         entries=(CatalogueEntry("data2vec-audio", "facebook/data2vec-audio-base", "none", "MIT", 768, 12),),
     ),
@@ -184,6 +185,7 @@ FAMILIES = (
         recognises=recognises,
         default_targets=("mean", "layers"),
         layers_rule="data2vec2",
+        phrase="data2vec 2.0 of sound, regresses its own averaged layers; attention is biased by distance",
         spec=AudioSpec,
         entries=(
             CatalogueEntry(

@@ -11,7 +11,14 @@ from emkum.models.families.checkpoint import Checkpoint, KeyMap, Shapes
 from emkum.models.preprocessing import Preprocessing
 
 Supervision = Literal[
-    "none", "none+clip_tokenizer", "paired_text", "text_pairs", "class_labels", "transcripts", "unknown"
+    "none",
+    "none+clip_tokenizer",
+    "paired_text",
+    "paired_text+class_labels",
+    "text_pairs",
+    "class_labels",
+    "transcripts",
+    "unknown",
 ]
 
 
@@ -32,9 +39,9 @@ class CatalogueEntry:
     `paired_text` pictures with captions; `text_pairs` texts that belong together; `class_labels`; `transcripts` of
     speech. width, depth: of its blocks. patch: pixels, 0 but for pictures. size: the side of the pictures it is run on,
     in pixels. tokens: of one sample, CLS and registers included (texts: at most; 0 where the length of a sound
-    decides). targets: what is kept of it unless the user says; () is the family's. companions: URLs of further files
-    that are fetched beside, the tokenizer's. sha256: of the file behind a URL, where it is known; revision: a commit of
-    the hub, where it is pinned. family and modality are filled in by the registry.
+    decides). classes: of its logits. targets: what is kept of it unless the user says; () is the family's. companions:
+    URLs of further files that are fetched beside, the tokenizer's. sha256: of the file behind a URL, where it is known;
+    revision: a commit of the hub, where it is pinned. family and modality are filled in by the registry.
     """
 
     name: str
@@ -47,6 +54,7 @@ class CatalogueEntry:
     size: int = 224
     tokens: int = 0
     targets: tuple[str, ...] = ()
+    classes: int = 0
     notes: str = ""
     package: PackageFile | None = None
     companions: tuple[str, ...] = ()
@@ -60,8 +68,9 @@ class CatalogueEntry:
 class Family:
     """`model_types`: the values of config.json's model_type it reads. `rename`: a name on disk -> its stable name.
 
-    `key_map` takes a checkpoint under stable names. `trust_preprocessor` is False where the published
-    preprocessor_config.json is known to be wrong; then `preprocessing` alone holds.
+    `key_map` takes a checkpoint under stable names. phrase: what it is, for the list of teachers.
+    `trust_preprocessor` is False where the published preprocessor_config.json is known to be wrong; then
+    `preprocessing` alone holds.
     recognises: whether tensors of these names and shapes, without any config.json, are an original file of the family.
     tokenizer: the bytes of a tokenizer from the folder of the checkpoint, where it is not a tokenizer.json.
     default_targets: what is kept of a teacher unless the user says. layers_rule: which rule `layers` follows then, a
@@ -80,4 +89,5 @@ class Family:
     default_targets: tuple[str, ...] = ("cls", "patches")
     layers_rule: str = "thesis"
     spec: type | None = None
+    phrase: str = ""
     entries: tuple[CatalogueEntry, ...] = ()

@@ -46,6 +46,7 @@ def activation(config: dict[str, Any], default: str) -> Activation:
         "gelu_new": "gelu_tanh",
         "gelu_pytorch_tanh": "gelu_tanh",
         "relu": "relu",
+        "silu": "silu",
     }
     found = str(config.get("hidden_act", default))
     if found not in known:

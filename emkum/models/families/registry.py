@@ -12,11 +12,12 @@ from torch import nn
 
 from emkum.errors import UnsupportedNetwork
 from emkum.models import families
-from emkum.models.audio import AudioBackbone, AudioSpec
+from emkum.models.audio import AudioBackbone
 from emkum.models.backbone import Backbone, BackboneSpec, Modality
-from emkum.models.families.checkpoint import Checkpoint, Shapes, read_tensors
+from emkum.models.families.checkpoint import Architecture, Checkpoint, Shapes, read_tensors
 from emkum.models.families.family import CatalogueEntry, Family
-from emkum.models.resnet import ResNet, ResNetSpec
+from emkum.models.resnet import ResNet
+from emkum.models.whole import WholeSpec
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -40,16 +41,19 @@ CATALOGUE: dict[str, CatalogueEntry] = {
 
 _SPECS: dict[str, type[Any]] = {
     str(next(f.default for f in dataclasses.fields(spec) if f.name == "kind")): spec
-    for spec in (BackboneSpec, *(family.spec for family in FAMILIES if family.spec is not None))
+    for spec in (BackboneSpec, WholeSpec, *(family.spec for family in FAMILIES if family.spec is not None))
 }
 
 
 def family_of(checkpoint: Checkpoint, modality: Modality | None = None) -> Family:
     """The family that reads config.json's model_type: that of `modality`, else of pictures where several towers are.
 
-    Raises UnsupportedNetwork if there is none.
+    Without a model_type, as timm keeps its folders, that which recognises the tensors. Raises UnsupportedNetwork if
+    there is none.
     """
     model_type = checkpoint.config.get("model_type")
+    if model_type is None and is_original(checkpoint.shapes):
+        return family_of_original(checkpoint.shapes, checkpoint.label, modality)
     fitting = [family for family in FAMILIES if model_type in family.model_types]
     known = ", ".join(sorted({t for family in FAMILIES for t in family.model_types}))
     what = f"{checkpoint.label} is of type {model_type!r}"
@@ -61,7 +65,8 @@ def family_of_original(shapes: Shapes, label: str, modality: Modality | None = N
     fitting = _recognising(shapes)
     known = ", ".join(sorted({family.name for family in FAMILIES if family.recognises}))
     what = f"{label} is no original file we know (tensors such as {', '.join(list(shapes)[:3])})"
-    return _tower(fitting, modality, what, f"original files are read of {known}; others as a folder with config.json")
+    way_out = f"original files are read of {known}; others as a folder with config.json; if it is one of these without "
+    return _tower(fitting, modality, what, f"{way_out}its heads, say so: emkum teachers convert FILE --family NAME")
 
 
 def is_original(shapes: Shapes) -> bool:
@@ -97,19 +102,20 @@ def read_backbone(family: Family, checkpoint: Checkpoint) -> Backbone | ResNet |
     backbone = empty_backbone(key_map.spec)
     state = read_tensors(checkpoint, key_map, backbone.state_dict())
     backbone.load_state_dict(state, strict=True, assign=True)
-    return frozen(backbone)
+    found: Backbone | ResNet | AudioBackbone = frozen(backbone)
+    return found
 
 
-def spec_of(architecture: dict[str, Any]) -> BackboneSpec | ResNetSpec | AudioSpec:
+def spec_of(architecture: dict[str, Any]) -> Architecture:
     """An architecture from its JSON form. Raises UnsupportedNetwork for a kind we do not know."""
     kind = architecture["kind"]
     if kind not in _SPECS:
         raise UnsupportedNetwork(f"an architecture of kind {kind!r}; known are {', '.join(_SPECS)}", "update emkum")
-    found: BackboneSpec | ResNetSpec | AudioSpec = _SPECS[kind].from_json(architecture)
+    found: Architecture = _SPECS[kind].from_json(architecture)
     return found
 
 
-def empty_backbone(spec: BackboneSpec | ResNetSpec | AudioSpec) -> Backbone | ResNet | AudioBackbone:
+def empty_backbone(spec: Architecture) -> Any:
     """A network of this shape without numbers, on the meta device; load_state_dict(assign=True) gives it them."""
     with torch.device("meta"):
         return spec.build()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from emkum.errors import UnsupportedNetwork
-from emkum.models.families.checkpoint import Checkpoint, KeyMap
+from emkum.models.families.checkpoint import Checkpoint, KeyMap, Shapes
 from emkum.models.families.family import CatalogueEntry, Family
 from emkum.models.preprocessing import Preprocessing
 from emkum.models.resnet import ResNetSpec
@@ -44,16 +44,60 @@ def _conv(ours: str, theirs: str) -> dict[str, str | tuple[str, ...]]:
     return sources | {f"{ours}.norm.{name}": f"{theirs}.normalization.{name}" for name in norm}
 
 
+def recognises_timm(shapes: Shapes) -> bool:
+    """The names of timm and torchvision."""
+    return {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer4.0.conv1.weight"} <= set(shapes)
+
+
+def timm_key_map(checkpoint: Checkpoint) -> KeyMap:
+    """Everything is inferred from the shapes, but for strides, which are those of version 1.5."""
+    shapes = checkpoint.shapes
+    last = "conv3" if "layer1.0.conv3.weight" in shapes else "conv2"
+    depths = tuple(1 + max(int(n.split(".")[1]) for n in shapes if n.startswith(f"layer{s}.")) for s in range(1, 5))
+    spec = ResNetSpec(
+        stem_width=shapes["conv1.weight"][0],
+        widths=tuple(shapes[f"layer{stage}.0.{last}.weight"][0] for stage in range(1, 5)),
+        depths=depths,
+        layer="bottleneck" if last == "conv3" else "basic",
+        num_classes=shapes["fc.weight"][0] if "fc.weight" in shapes else 0,
+    )
+    sources = _timm_conv("stem", "conv1", "bn1")
+    ours = 0
+    for stage, depth in enumerate(depths, start=1):
+        for theirs in (f"layer{stage}.{index}" for index in range(depth)):
+            for conv in range(1, int(last[-1]) + 1):
+                sources |= _timm_conv(f"layers.{ours}.convs.{conv - 1}", f"{theirs}.conv{conv}", f"{theirs}.bn{conv}")
+            if f"{theirs}.downsample.0.weight" in shapes:
+                sources |= _timm_conv(f"layers.{ours}.shortcut", f"{theirs}.downsample.0", f"{theirs}.downsample.1")
+            ours += 1
+    if spec.num_classes:
+        sources |= {f"head.{end}": f"fc.{end}" for end in ("weight", "bias")}
+    return KeyMap(spec, sources, drop=(r"num_batches_tracked$",))
+
+
+def _timm_conv(ours: str, conv: str, norm: str) -> dict[str, str | tuple[str, ...]]:
+    names = ("weight", "bias", "running_mean", "running_var")
+    sources: dict[str, str | tuple[str, ...]] = {f"{ours}.conv.weight": f"{conv}.weight"}
+    return sources | {f"{ours}.norm.{name}": f"{norm}.{name}" for name in names}
+
+
+def _timm_entry(name: str, model: str) -> CatalogueEntry:
+    return CatalogueEntry(
+        name, f"timm/{model}", "class_labels", "Apache-2.0", 2048, 0, patch=32, tokens=50, classes=1000
+    )
+
+
 def _entry(name: str) -> CatalogueEntry:
     repo = name.replace("resnet", "resnet-")
     return CatalogueEntry(
-        name, f"microsoft/{repo}", "class_labels", "Apache-2.0", width=2048, depth=0, patch=32, tokens=50
+        name, f"microsoft/{repo}", "class_labels", "Apache-2.0", 2048, 0, patch=32, tokens=50, classes=1000
     )
 
 
 FAMILIES = (
     Family(
         name="resnet",
+        phrase="ResNet: a classifier of ImageNet-1k",
         modality="image",
         model_types=("resnet",),
         rename=lambda name: name.removeprefix("resnet."),
@@ -62,5 +106,20 @@ FAMILIES = (
         default_targets=("cls", "logits"),
         spec=ResNetSpec,
         entries=(_entry("resnet50"), _entry("resnet101")),
+    ),
+    Family(
+        name="resnet-timm",
+        phrase="ResNet by timm's recipe A1: a classifier of ImageNet-1k",
+        modality="image",
+        model_types=(),
+        rename=str,
+        key_map=timm_key_map,
+        preprocessing=Preprocessing(crop_fraction=0.95),
+        recognises=recognises_timm,
+        default_targets=("cls", "logits"),
+        entries=(
+            _timm_entry("resnet50-a1", "resnet50.a1_in1k"),
+            _timm_entry("resnet101-a1", "resnet101.a1_in1k"),
+        ),
     ),
 )

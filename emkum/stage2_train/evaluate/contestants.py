@@ -25,7 +25,7 @@ from emkum.stage2_train.evaluate.results import BEFORE, ENCODER, STUDENT, TEACHE
 from emkum.stage2_train.loader import CachedSource
 from emkum.stage2_train.recipe import IDS, TOKENS, FieldNames, target_pattern
 from emkum.stage2_train.run_folder import LoadedRun
-from emkum.stage2_train.student import Student, build_student, masked_mean
+from emkum.stage2_train.student import Student, build_student
 
 
 @dataclass
@@ -167,14 +167,10 @@ class Contestants:
         assert side is not None
         assert network is not None
         if self._text_pass is None:
-            wanted = [Wanted(network.name, "cls"), Wanted(network.name, "patches")]
+            wanted = [Wanted(network.name, "mean" if side.pooling == "mean" else "cls")]
             self._text_pass = FrozenPass([network], wanted, self.precision, self.device)
-        cls_BD, words_BLD = self._text_pass.texts(ids_BL, mask_BL)
-        if side.pooling == "mean":
-            # Over all real tokens, CLS among them.
-            tokens_BLD = torch.cat([cls_BD[:, None], words_BLD[:, 1:]], dim=1)
-            return features | {self.frozen_name(network): masked_mean(tokens_BLD, mask_BL)}
-        return features | {self.frozen_name(network): cls_BD}
+        (pooled_BD,) = self._text_pass.texts(ids_BL, mask_BL)
+        return features | {self.frozen_name(network): pooled_BD}
 
 
 def student_before(run: LoadedRun, image_network: Network | None, text_network: Network | None) -> Student:

@@ -1,4 +1,4 @@
-"""How far students are from the teacher's targets, token by token.
+"""How far students are from the teacher's targets: token by token, or in what they say of a picture's class.
 
 B batch, T tokens, L text tokens, D width.
 """
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from emkum.stage2_train.evaluate.encode import quiet
 from emkum.stage2_train.loader import BatchLoader, BatchSource
-from emkum.stage2_train.losses import autocast, token_losses
+from emkum.stage2_train.losses import autocast, class_losses, token_losses
 from emkum.stage2_train.order import Order
 from emkum.stage2_train.recipe import Recipe
 from emkum.stage2_train.student import Student
@@ -30,7 +30,11 @@ def token_distances(
     threads: int = 2,
     progress: bool | None = False,
 ) -> dict[str, float]:
-    """`layers_mse` of each student over every real token of the order's rows, whatever the batches are."""
+    """The recipe's one term for each student, whatever the batches are.
+
+    `layers_mse` over every real token of the order's rows, `logits_kl` over the rows.
+    """
+    compare = class_losses if recipe.objectives.logits_kl else token_losses
     totals = {name: torch.zeros((), device=device) for name in students}
     tokens = torch.zeros((), device=device)
     loader = BatchLoader(order, source, threads=threads, pin=device.type == "cuda")
@@ -41,6 +45,6 @@ def token_distances(
         count = batch.mask_BL.sum() if batch.mask_BL is not None else batch.targets.shape[0] * batch.targets.shape[1]
         for name, student in students.items():
             with autocast(compute, device):
-                totals[name] += token_losses(student, recipe, batch).parts["layers_mse"] * count
+                totals[name] += compare(student, recipe, batch).parts[recipe.terms[0]] * count
         tokens += count
     return {name: float(total / tokens) for name, total in totals.items()}

@@ -90,8 +90,9 @@ def table(results: Mapping[str, Any]) -> str:
     if "distillation" in results:
         found = results["distillation"]
         heading = f"distillation, {found['on']}: {found['rows']} rows against {found['targets']}"
-        lines = [f"  {name:<24}{numbers['layers_mse']:9.4f}" for name, numbers in _rows(found)]
-        parts.append("\n".join([heading, f"  {'':<24}{'layers-mse':>9}", *lines]))
+        term = "logits_kl" if "logits_kl" in found else "layers_mse"
+        lines = [f"  {name:<24}{numbers[term]:9.4f}" for name, numbers in _rows(found)]
+        parts.append("\n".join([heading, f"  {'':<24}{term.replace('_', '-'):>9}", *lines]))
     return "\n\n".join(parts)
 
 

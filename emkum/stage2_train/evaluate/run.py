@@ -52,7 +52,8 @@ def evaluate_cache(
     """The student on a split of its cache (`cache`, or the one it was trained on).
 
     Pairs: {"retrieval": {"image_to_text": {"R@1": percent, ...}, "text_to_image": {...}, "mean", "chance", ...}}.
-    Picture or text runs: {"distillation": {"layers_mse": ...}} against the teacher's targets of the split.
+    Picture or text runs: {"distillation": {"layers_mse": ...}} against the teacher's targets of the split; "logits_kl"
+    of a run that has that objective.
     Raises UsageError for a split that is not there, IncompleteCache, MissingField, MissingCaptions.
     """
     settings, cache = settings or Settings(), _cache_of(run, cache)
@@ -193,7 +194,7 @@ def retrieval_of(features: PairFeatures, on: str) -> Results:
 
 
 def _distillation(run: LoadedRun, cache: Cache, split: str, settings: Settings) -> Results:
-    """layers-mse on a split: the student's mean normalised layer against the teacher's, every token."""
+    """The recipe's term on a split: layers-mse, the mean normalised layer at every token; logits-kl, the classes."""
     contestants = Contestants(run, cache, settings)
     target = contestants.trained_on(target_pattern(run.recipe))
     texts = run.recipe.kind == "texts"
@@ -218,7 +219,7 @@ def _distillation(run: LoadedRun, cache: Cache, split: str, settings: Settings) 
         contestants.device,
         progress=settings.progress,
     )
-    by_name = {name: {"layers_mse": distance} for name, distance in distances.items()}
+    by_name = {name: {run.recipe.terms[0]: distance} for name, distance in distances.items()}
     return with_baselines(by_name) | {"on": f"split {split}", "rows": len(rows), "targets": target.name}
 
 
