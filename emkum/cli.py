@@ -124,8 +124,8 @@ def extract(
         typer.Option(
             help="What to keep of the teacher, comma-separated: cls (one vector a picture), patches (one a patch), "
             "mean (of the patches, of a text's tokens, or of a sound's frames), layers (mean of layers, normalised, "
-            "one a token: --layers), logits. Default: what `emkum teachers show NAME` says; cls,patches for most picture "
-            "teachers, cls,logits for ResNets, layers for text teachers, mean,layers for sounds."
+            "one a token: --layers), logits. Default: what `emkum teachers show NAME` says; cls,patches for most "
+            "picture teachers, cls,logits for ResNets, layers for text teachers, mean,layers for sounds."
         ),
     ] = None,
     layers: Annotated[

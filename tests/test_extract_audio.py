@@ -22,13 +22,16 @@ from emkum.errors import (
     FingerprintMismatch,
     IdentityMismatch,
     NoData,
+    RefusedTeacher,
     SourceChanged,
     TooManyBadSamples,
+    UnsupportedNetwork,
     UsageError,
 )
 from emkum.models.audio_pass import AudioPass
 from emkum.models.network import load_saved, save_network
 from emkum.models.passes import Wanted
+from emkum.models.targets import LayersRule
 from emkum.shards import tars
 from emkum.shards.audit import describe, left_out, table
 from emkum.shards.digest import digest
@@ -459,8 +462,50 @@ def test_what_a_teacher_of_sounds_cannot_do_is_said(ear: Path, tar: Path, tmp_pa
     from_crops = ExtractConfig(teacher=(str(ear),), cache=tmp_path / "e", from_crops=True, device="cpu")
     with pytest.raises(UsageError, match="hears sounds, and --from-crops reads no tar"):
         extract(from_crops, lambda line: None)
-    with pytest.raises(UsageError, match="--targets mean of wide, a picture network"):
-        run(eye, mixed, tmp_path / "f", targets=("mean",), size=64, text_encoder="none")
+    with pytest.raises(UsageError, match=r"--layers thesis, and layers is no target of .*ear here"):
+        run(ear, tar, tmp_path / "f", targets=("mean",), layers="thesis")
+    with pytest.raises(UnsupportedNetwork, match="layers of ear, which hears sounds, without CLS and registers"):
+        run(ear, tar, tmp_path / "g", layers="prefix=drop")
+    read = dataclasses.replace(load_saved(ear), supervision="transcripts")
+    save_network(read, tmp_path / "taught" / "ear")
+    with pytest.raises(RefusedTeacher, match=r"--label-free: .*ear learned from transcripts of speech") as refused:
+        run(tmp_path / "taught" / "ear", tar, tmp_path / "h", label_free=True)
+    assert "use data2vec-audio, data2vec2-audio; or" in refused.value.way_out
+
+
+# --- the rule of layers ----------------------------------------------------------------------------------------------
+
+
+def test_layers_follow_the_rule_that_the_field_records(
+    made: tuple[Path, list[str]], ear: Path, tar: Path, tmp_path: Path
+) -> None:
+    of_family = Cache.open(made[0]).field(FIELDS[1]).fingerprint
+    assert of_family["layers"] == LayersRule("ffn", 8, 0, "instance").to_json()
+    assert of_family["output"] == "mean over the last 8 blocks of instance-normalised feed-forward outputs"
+    assert "layers" not in Cache.open(made[0]).field(FIELDS[0]).fingerprint
+    with pytest.raises(FingerprintMismatch, match=r"rule of layers .*site ffn.* in the cache, .*site block"):
+        run(ear, tar, made[0], layers="last=1")
+    run(ear, tar, tmp_path / "cache", targets=("layers",), layers="last=1,norm=layer")
+    opened = Cache.open(tmp_path / "cache")
+    field = opened.field(FIELDS[1])
+    assert field.fingerprint["layers"] == LayersRule("block", 1, 0, "layer").to_json()
+    patches = Cache.open(made[0]).field(FIELDS[2])  # after the last block
+    for row in range(3):
+        length = int(field.lengths(np.array([row]))[0])
+        last = torch.from_numpy(patches.values(np.array([row]))[0][:length])
+        expected = torch.nn.functional.layer_norm(last, last.shape[-1:]).numpy()
+        np.testing.assert_allclose(field.values(np.array([row]))[0][:length], expected, atol=1e-3)
+    sample = SampleConfig(rows=6, teacher=(str(ear),), device="cpu")
+    require_agreement(check_sample(tmp_path / "cache", sample, load_teachers(tmp_path / "cache", sample)))
+
+
+def test_the_rule_of_the_thesis_is_left_out_of_the_fingerprint(ear: Path, tar: Path, tmp_path: Path) -> None:
+    run(ear, tar, tmp_path / "cache", targets=("layers",), layers="thesis")
+    found = Cache.open(tmp_path / "cache").field(FIELDS[1]).fingerprint
+    assert "layers" not in found
+    assert found["output"] == "mean over all blocks of instance-normalised outputs"
+    with pytest.raises(FingerprintMismatch, match="rule of layers None in the cache"):
+        run(ear, tar, tmp_path / "cache", targets=("layers",))
 
 
 def test_no_recipe_trains_on_sounds(made: tuple[Path, list[str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emkum.errors import UnsupportedNetwork
+from emkum.errors import RefusedTeacher, UnsupportedNetwork
 from emkum.models.audio import AudioBackbone, AudioSpec, alibi_slopes
 from emkum.models.audio_pass import AudioPass
 from emkum.models.catalogue import load_network
+from emkum.models.convert import convert
 from emkum.models.families import data2vec_audio
 from emkum.models.families.checkpoint import of_tensors
 from emkum.models.families.registry import CATALOGUE, read_backbone
+from emkum.models.listing import show, show_text
 from emkum.models.network import Network, load_saved, save_network
-from emkum.models.passes import Wanted, default_rule
+from emkum.models.passes import Wanted, default_rule, rule_of
+from emkum.models.supervision import Guard
+from emkum.models.targets import LayersRule, layers_by_rule
 
 RATE = 16_000
 _, SECOND = data2vec_audio.FAMILIES
@@ -345,6 +350,41 @@ def test_the_names_of_the_catalogue() -> None:
     assert CATALOGUE["data2vec2-audio"].targets == ("mean", "layers")
 
 
+@pytest.mark.parametrize("name", ["data2vec-audio", "data2vec2-audio"])
+def test_the_list_of_teachers_counts_a_second_of_sound(name: str) -> None:
+    known = show(name)
+    assert known["bytes_per_sample"] == {"mean": 1536, "patches": 76_800, "layers": 76_800}
+    assert "a second of sound in float16" in show_text(known)
+    assert "mean over the last 8 blocks of instance-normalised feed-forward outputs" in show_text(known)
+    Guard(label_free=True, text_free=True).check([name])
+
+
+def test_a_file_fine_tuned_with_transcripts_is_refused_by_its_tensors_whatever_its_name(tmp_path: Path) -> None:
+    tuned = {f"w2v_encoder.w2v_model.{name}": tensor for name, tensor in original().items()}
+    path = tmp_path / "mine.pt"
+    torch.save({"model": tuned | {"w2v_encoder.proj.weight": torch.zeros(32, 24)}}, path)
+    with pytest.raises(RefusedTeacher, match=r"learned from transcripts of speech \(it has w2v_encoder\.proj\.weight"):
+        Guard(label_free=True).check([str(path)])
+
+
+def test_an_original_file_is_shown_and_converted(tmp_path: Path) -> None:
+    path = tmp_path / "base_libri.pt"
+    torch.save({"model": original(prenet=1) | {f"{PREFIX}.decoder.proj.weight": torch.zeros(2, 2)}}, path)
+    known = show(str(path))
+    assert (known["family"], known["modality"], known["depth"], known["layers_rule"]) == (
+        "data2vec2-audio",
+        "audio",
+        3,
+        "data2vec2",
+    )
+    made = convert(str(path), tmp_path / "out")
+    assert made.provenance["dropped"] == [f"{PREFIX}.decoder.proj.weight"]
+    read = load_network(str(tmp_path / "out"))
+    assert (read.name, read.modality, read.supervision) == ("data2vec2-audio", "audio", "none")
+    assert read.weights_sha256 == load_network(str(path)).weights_sha256
+    assert show(str(tmp_path / "out"))["modality"] == "audio"
+
+
 # --- targets --------------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +418,42 @@ def test_targets_against_a_plain_float64_reference(depth: int, prenet: int, firs
         assert worst(said[2][i, :real].double(), hidden[-1]) < TOLERANCE
         assert not said[1][i, real:].any()
         assert not said[2][i, real:].any()
+
+
+@pytest.mark.parametrize(
+    "text", ["thesis", "data2vec", "site=block,last=2,norm=layer,final=yes", "site=ffn,skip=1,norm=none"]
+)
+def test_layers_by_another_rule(text: str) -> None:
+    network = tiny(4, 2)
+    rule = rule_of(network, text)
+    wanted = [Wanted("tiny", "layers", rule=rule), Wanted("tiny", "layers")]
+    state, waves = original(blocks=2, prenet=2), clips(6_000, 2_000)
+    said = AudioPass([network], wanted, "float32", "cpu").sounds(*padded(waves))
+    for i, wave in enumerate(waves):
+        hidden, ffn = reference(state, wave, 3, 2)
+        for ours, one in zip(said, (rule, default_rule(network)), strict=True):
+            expected = layers_by_rule(one, [h[None] for h in hidden[1:]], [f[None] for f in ffn])[0]
+            difference = ours[i, : len(expected)].double() - expected
+            assert float(difference.norm() / expected.norm()) < 3e-4
+            assert not ours[i, len(expected) :].any()
+
+
+def test_rules_that_a_network_of_sound_cannot_follow() -> None:
+    for text, match in (
+        ("prefix=drop", "layers of tiny, which hears sounds, without CLS and registers: it has neither"),
+        ("skip=10", "layers of tiny but the first 10: it has 10 blocks"),
+    ):
+        wanted = Wanted("tiny", "layers", rule=rule_of(tiny(), text))
+        with pytest.raises(UnsupportedNetwork, match=match):
+            AudioPass([tiny()], [wanted], "float32", "cpu")
+
+
+def test_the_rules_of_the_families() -> None:
+    assert default_rule(tiny()) == LayersRule("ffn", 8, 0, "instance")  # base has no prenet: the last 8
+    assert default_rule(tiny(12, 2)) == LayersRule("ffn", None, 2, "instance")
+    first = dataclasses.replace(tiny(), family="data2vec-audio")
+    assert default_rule(first) == LayersRule("ffn", 8, 0, "instance")
+    assert default_rule(first) != default_rule(dataclasses.replace(first, family="of its own"))
 
 
 def test_silence_and_constant_sound_give_finite_targets() -> None:
