@@ -27,7 +27,7 @@ test: install lint types
 
 # Kills, full disks, faults, fuzzing: MINUTES is for each test that takes random examples for a time.
 MINUTES ?= 10
-TORTURE := kills machine signals disk_full faults claims verify fuzz workers probe remote readers train_crashes
+TORTURE := kills machine signals disk_full faults claims verify fuzz workers probe remote readers train_crashes real_efficientnet
 
 torture: install
 	OMP_NUM_THREADS=1 EMKUM_TORTURE_MINUTES=$(MINUTES) EMKUM_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest -s \

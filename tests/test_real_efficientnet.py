@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TORTURE_MINUTES
 from PIL import Image
 
 from emkum.models.catalogue import load_network
@@ -49,10 +50,9 @@ def knn_accuracy(bank: torch.Tensor, bank_labels: np.ndarray, queries: torch.Ten
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)  # 6,000 pictures: three minutes of one core, more where others need it
 def test_its_features_find_the_classes_of_cifar_as_well_as_they_should(shared: Path) -> None:
-    """All of cifar10.npz at 96 px: 0.786 is on record for this network."""
-    found = np.load(shared / "data/images/cifar10.npz")
+    """At 96 px. Of all 6,000 pictures 0.786 is on record and 0.784 was measured; of a quarter of them 0.740."""
+    found, step = np.load(shared / "data/images/cifar10.npz"), 1 if TORTURE_MINUTES else 4
     network = load_network(ADAPTER)
     frozen = FrozenPass([network], [Wanted(NAME, "cls")], "float32", "cpu")
 
@@ -60,8 +60,9 @@ def test_its_features_find_the_classes_of_cifar_as_well_as_they_should(shared: P
         batches = np.array_split(pictures, max(1, len(pictures) // 100))
         return torch.cat([frozen.pictures(larger(batch))[0] for batch in batches])
 
-    bank, queries = features(found["x_train"]), features(found["x_test"])
-    assert knn_accuracy(bank, found["y_train"], queries, found["y_test"]) == pytest.approx(0.786, abs=0.015)
+    bank, queries = features(found["x_train"][::step]), features(found["x_test"][::step])
+    accuracy = knn_accuracy(bank, found["y_train"][::step], queries, found["y_test"][::step])
+    assert accuracy == pytest.approx(0.786 if step == 1 else 0.740, abs=0.015)
 
 
 def first_pictures(source: Path, path: Path, count: int) -> Path:
