@@ -123,9 +123,9 @@ def extract(
         Optional[str],  # noqa: UP045
         typer.Option(
             help="What to keep of the teacher, comma-separated: cls (one vector a picture), patches (one a patch), "
-            "mean (of the patches, or of a text's tokens), layers (mean of layers, normalised, one a token: --layers), "
-            "logits. Default: what `emkum teachers show NAME` says; cls,patches for most picture teachers, cls,logits "
-            "for ResNets, layers for text teachers."
+            "mean (of the patches, of a text's tokens, or of a sound's frames), layers (mean of layers, normalised, "
+            "one a token: --layers), logits. Default: what `emkum teachers show NAME` says; cls,patches for most "
+            "picture teachers, cls,logits for ResNets, layers for text teachers, mean,layers for sounds."
         ),
     ] = None,
     layers: Annotated[
@@ -176,10 +176,13 @@ def extract(
         ),
     ] = "auto",
     max_tokens: Annotated[int, typer.Option(help="Tokens kept of a caption; a multiple of 16.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Pictures in one forward pass.")] = 32,
+    max_seconds: Annotated[
+        float, typer.Option(help="Seconds kept of a sound; longer ones are cut, counted and said.")
+    ] = 30.0,
+    batch_size: Annotated[int, typer.Option(help="Pictures, captions or sounds in one forward pass.")] = 32,
     threads: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Threads that decode pictures. Default: one a core, 2 to 16."),
+        typer.Option(help="Threads that decode pictures and sounds. Default: one a core, 2 to 16."),
     ] = None,
     rows_per_block: Annotated[
         Optional[int],  # noqa: UP045
@@ -289,6 +292,7 @@ def extract(
             storage=storage,
             compute=compute,
             max_tokens=max_tokens,
+            max_seconds=max_seconds,
             batch_size=batch_size,
             threads=threads,
             rows_per_block=rows_per_block,

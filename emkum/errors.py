@@ -112,6 +112,10 @@ class BadPicture(InputDataError):
     """A picture that cannot be decoded. Quarantined by the caller, row by row."""
 
 
+class BadSound(InputDataError):
+    """A sound that cannot be decoded. Quarantined by the caller, row by row."""
+
+
 class TooManyBadSamples(InputDataError):
     """More samples were quarantined than --max-bad allows."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sound_files import sounds_tar, tiny_ear
 from test_extract import make_tar, quiet, tiny_config, word_tokenizer
 from tiny_cache import tiny_network
 
@@ -48,6 +49,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "text-words": replace(text, tokenizer=word_tokenizer().replace(b'"green"', b'"pink"')),
         "second": tiny_network("second", "image", seed=3),
         "second-text": replace(text, name="second-text"),
+        "ear": tiny_ear(),
     }
     for folder, network in saved.items():
         save_network(replace(network, weights_sha256=weights_digest(network.backbone)), root / folder)
@@ -85,11 +87,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """words: what the refusal says, both values in it. first: settings of the first run that the case needs."""
+    """words: what the refusal says, both values in it. first: settings of the first run that the case needs.
+
+    sounds: the teacher hears sounds, and there are some.
+    """
 
     words: str
     cause: Callable[[Setting], ExtractConfig]
     first: dict[str, Any] = field(default_factory=dict)
+    sounds: bool = False
 
 
 def flag(**change: Any) -> Callable[[Setting], ExtractConfig]:
@@ -183,6 +189,7 @@ CASES = {
     ),
     "tokenizer": Case(f"tokenizer with sha256 {HEX} in the cache, {HEX} asked for", tokenizer("text-words")),
     "max_tokens": Case("text positions 16 in the cache, 32 asked for", flag(max_tokens=32)),
+    "max_seconds": Case(r"seconds of a sound 30\.0 in the cache, 20\.0 asked for", flag(max_seconds=20), sounds=True),
     "statistics": Case(
         f"channel statistics with sha256 {HEX} in the cache, {HEX} asked for",
         declared_by_another_meanwhile,
@@ -204,6 +211,9 @@ def test_a_change_of_any_entry_is_refused_with_both_values_and_no_byte_changed(
     assert entry in CASES, f"Fingerprint.{entry} is new: say here what changes it, and see it refused"
     case = CASES[entry]
     config = replace(config, **case.first)
+    if case.sounds:
+        sounds_tar(Path(config.data[0]) / "s.tar", 3)
+        config = replace(config, teacher=(str(networks / "ear"),), targets=("mean",))
     quiet(config)
     before = everything(Path(config.cache))
     again = case.cause(Setting(config, networks, monkeypatch))
@@ -276,6 +286,7 @@ LEFT_OUT: dict[str, Any] = {  # how much may be left out before a run stops; rec
     "on_truncated": "keep-complete",
     "allow_missing_eof": True,
 }
+OF_SOUNDS = ("max_seconds",)  # refused where a field of sounds has another: CASES above
 SPEED_OR_PLACE: dict[str, Any] = {
     "batch_size": 3,
     "threads": 1,
@@ -293,7 +304,7 @@ SPEED_OR_PLACE: dict[str, Any] = {
 
 
 def test_every_setting_of_the_command_is_identity_or_speed_or_place() -> None:
-    kinds = [*REFUSED, *BESIDE, *LEFT_OUT, *SPEED_OR_PLACE]
+    kinds = [*REFUSED, *BESIDE, *LEFT_OUT, *OF_SOUNDS, *SPEED_OR_PLACE]
     assert len(kinds) == len(set(kinds))
     settings = {setting.name for setting in dataclasses.fields(ExtractConfig)}
     assert set(kinds) == settings, "a new setting of ExtractConfig: say here whether it can change a cached byte"

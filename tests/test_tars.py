@@ -985,7 +985,7 @@ def test_a_picture_can_be_read_through_an_open_file(tmp_path: Path) -> None:
     try:
         assert read_member(fd, 2, 3) == b"234"
         assert read_member(fd, 2, 0) == b""
-        with pytest.raises(SourceChanged, match="ends at byte 10; a picture was found there up to byte 12"):
+        with pytest.raises(SourceChanged, match="ends at byte 10; a member was found there up to byte 12"):
             read_member(fd, 8, 4)
     finally:
         os.close(fd)

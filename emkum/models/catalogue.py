@@ -28,6 +28,8 @@ from emkum.models.supervision import supervision_of_family
 from emkum.models.tokenizer import MAX_TOKENS, read_tokenizer
 from emkum.models.whole_network import network_of_folder, network_of_function, network_of_timm, require_logits
 
+PREPROCESSOR = "preprocessor_config.json"
+
 
 def load_network(source: str, *, name: str | None = None, offline: bool | None = None) -> Network:
     """The frozen network of a catalogue name, a hub id, a folder, a file or a URL (`read_source` lists the spellings).
@@ -151,7 +153,10 @@ def _read(
         if modality not in (None, whole.modality):
             raise UnsupportedNetwork(f"{path} reads {whole.modality}, not {modality}", f"leave #{modality} out")
         return whole
-    return network_of(family_of(checkpoint, modality), checkpoint, path, source, revision, name)
+    family = family_of(checkpoint, modality)
+    if family.modality == "audio" and (path / PREPROCESSOR).is_file():  # how a wave is normalised is part of its spec
+        checkpoint.config = read_json(path / PREPROCESSOR) | checkpoint.config
+    return network_of(family, checkpoint, path, source, revision, name)
 
 
 def network_of(
@@ -189,7 +194,7 @@ def _preprocessing(family: Family, folder: Path | None) -> Preprocessing | None:
     default = family.preprocessing
     if default is None or folder is None or not family.trust_preprocessor:
         return default
-    path = folder / "preprocessor_config.json"
+    path = folder / PREPROCESSOR
     return read_preprocessor(read_json(path), default) if path.is_file() else default
 
 

@@ -125,6 +125,8 @@ def num_tokens(entry: CatalogueEntry) -> int:
 def bytes_per_sample(entry: CatalogueEntry, tokens: int, layers_rule: str) -> dict[str, int]:
     """Bytes that each target of the entry takes for a sample of so many tokens."""
     numbers = {"cls": entry.width, "patches": tokens * entry.width, "mean": entry.width}
+    if entry.modality == "audio":
+        del numbers["cls"]  # of sounds there is none
     if entry.modality == "image":
         numbers["patches"] = (entry.size // entry.patch) ** 2 * entry.width
     if entry.depth:
@@ -259,7 +261,8 @@ def _words(key: str, value: Any, known: dict[str, Any]) -> str:
         reasons = dict.fromkeys(known.get("reasons", {}).values())
         return f"{value} ({'; '.join(reasons)})" if reasons else str(value)
     if key == "bytes_per_sample":
-        return ", ".join(f"{target} {count:,}" for target, count in value.items()) + " a sample in float16"
+        sample = "a second of sound" if known.get("modality") == "audio" else "a sample"
+        return ", ".join(f"{target} {count:,}" for target, count in value.items()) + f" {sample} in float16"
     if key == "layers_rule":
         return f"{value}: {named_rule(value, known['modality']).words}"
     if key == "modality":

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from emkum.errors import CorruptCache, IdentityMismatch, NewerFormat, StorageFailure, UnsupportedNetwork, UsageError
+from emkum.models.audio import AudioBackbone, WaveConv
 from emkum.models.backbone import Backbone, Modality
 from emkum.models.families.registry import empty_backbone, frozen, spec_of
 from emkum.models.preprocessing import Preprocessing, normalised
@@ -40,7 +41,7 @@ class Network:
     name: str
     family: str
     modality: Modality
-    backbone: Backbone | ResNet | WholeNetwork
+    backbone: Backbone | ResNet | WholeNetwork | AudioBackbone
     preprocessing: Preprocessing | None
     tokenizer: bytes | None
     max_tokens: int
@@ -64,8 +65,8 @@ class Network:
 
     @property
     def patch(self) -> int:
-        """Pixels of a patch, each way; 0 for text."""
-        return self.backbone.spec.patch
+        """Pixels of a patch, each way; 0 for text and sound."""
+        return 0 if isinstance(self.backbone, AudioBackbone) else self.backbone.spec.patch
 
     def placed(self, device: torch.device | str, compute: torch.dtype = torch.float32) -> Network:
         """A copy on `device` whose matrix products run in `compute`; residual stream, norms and outputs stay float32.
@@ -79,7 +80,7 @@ class Network:
             backbone.compute = compute
         elif compute != torch.float32:
             for module in backbone.modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
+                if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv1d) and not isinstance(module, WaveConv):
                     module.to(compute)
         return dataclasses.replace(self, backbone=backbone)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emkum.errors import UnsupportedNetwork, UsageError
 from emkum.models import targets
+from emkum.models.audio import AudioBackbone
 from emkum.models.backbone import Backbone
 from emkum.models.families.registry import family_named
 from emkum.models.network import Network, normalise, shares_prefix
@@ -132,7 +133,7 @@ class FrozenPass:
                     _check_wanted(network, want)
                     if want.what == "layers":
                         self._rules[want] = want.rule or default_rule(network)
-                        _check_rule(network, self._rules[want])
+                        check_rule(network, self._rules[want])
         self._shared = {network.name: _best_prefix(network, used[:i]) for i, network in enumerate(used)}
         self.networks = {n.name: n.placed(self.device, getattr(torch, compute)) for n in used}
         self.block_runs = 0  # blocks run so far, counted for the test that a shared prefix runs once
@@ -157,7 +158,7 @@ class FrozenPass:
         wanted: some of the pass's own outputs; only what they need is run.
         """
         crops_BHWC = crops_BHWC.to(self.device, non_blocking=True)
-        return self._run(lambda network: network.backbone.embed(normalise(network, crops_BHWC)), None, wanted)
+        return self._run(lambda network: _backbone(network).embed(normalise(network, crops_BHWC)), None, wanted)
 
     @torch.inference_mode()
     def texts(self, ids_BL: Tensor, mask_BL: Tensor, wanted: Sequence[Wanted] | None = None) -> list[Tensor]:
@@ -166,7 +167,7 @@ class FrozenPass:
         Token outputs are zero where the mask is False.
         """
         ids_BL, mask_BL = (tensor.to(self.device, non_blocking=True) for tensor in (ids_BL, mask_BL))
-        return self._run(lambda network: network.backbone.embed(ids_BL, mask_BL), mask_BL, wanted, ids_BL)
+        return self._run(lambda network: _backbone(network).embed(ids_BL, mask_BL), mask_BL, wanted, ids_BL)
 
     def _run(
         self,
@@ -238,6 +239,11 @@ class FrozenPass:
             if lender and runs:
                 stops[self._computes(name, lender[1])].add(lender[1])
         return stops
+
+
+def _backbone(network: Network) -> Backbone | ResNet | WholeNetwork:
+    assert not isinstance(network.backbone, AudioBackbone), "sounds have a pass of their own"
+    return network.backbone
 
 
 def _outputs(
@@ -348,7 +354,8 @@ def _too_many(network: Network, want: Wanted) -> UnsupportedNetwork:
     )
 
 
-def _check_rule(network: Network, rule: LayersRule) -> None:
+def check_rule(network: Network, rule: LayersRule) -> None:
+    """Raises UnsupportedNetwork for a rule of the target `layers` that the network cannot follow."""
     whole = isinstance(network.backbone, WholeNetwork)
     depth = network.backbone.spec.num_layers if isinstance(network.backbone, WholeNetwork) else network.depth
     if not rule.counted(depth):
@@ -360,6 +367,11 @@ def _check_rule(network: Network, rule: LayersRule) -> None:
         raise UnsupportedNetwork(
             f"feed-forward outputs of {network.name}, which is run in one piece ({network.family})",
             "use site=block, or the rule thesis",
+        )
+    if rule.prefix == "drop" and network.modality == "audio":
+        raise UnsupportedNetwork(
+            f"layers of {network.name}, which hears sounds, without CLS and registers: it has neither",
+            "use prefix=keep",
         )
     if rule.prefix == "drop" and network.modality == "text":
         raise UnsupportedNetwork(

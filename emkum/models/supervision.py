@@ -191,7 +191,11 @@ def signs_in_tensors(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, str
             signs.setdefault(word, f"it has {found[0]}")
     hears = any("conv_layers" in name for name in shapes)
     for name, shape in shapes.items():
-        if hears and re.search(r"(^|\.)(lm_head|final_proj|proj)\.weight$", name) and 0 < shape[0] < _CTC_WORDS:
+        if (
+            hears
+            and re.search(r"(^|\.)(lm_head|final_proj|(?<!attn\.)proj)\.weight$", name)
+            and 0 < shape[0] < _CTC_WORDS
+        ):
             signs.setdefault("transcripts", f"it has {name} with {shape[0]} outputs, as many as letters")
     return signs
 

@@ -39,6 +39,7 @@ def describe(cache: Cache) -> dict[str, Any]:
             "tars": sum(len(s.sources) for s in segments),
             "pictures": sum(s.image.rows for s in segments),
             "captions": sum(s.text.rows for s in segments),
+            **({"sounds": sounds} if (sounds := sum(s.audio.rows for s in segments)) else {}),
             "truncated": [{"tar": x.tar, "byte": x.truncated} for s in segments for x in s.sources if x.truncated],
             "views": next((s.views.name for s in segments if s.image.rows), None),
         }
@@ -102,7 +103,9 @@ def table(description: dict[str, Any]) -> str:
     ]
     for split, s in description["splits"].items():
         lines.append(
-            f"split {split}: {s['pictures']:,} pictures, {s['captions']:,} captions, {s['tars']} tars "
+            f"split {split}: {s['pictures']:,} pictures, {s['captions']:,} captions, "
+            + (f"{s['sounds']:,} sounds, " if "sounds" in s else "")
+            + f"{s['tars']} tars "
             f"in {s['segments']} segments" + (f", views {s['views']}" if s["views"] else "")
         )
         lines += [f"  {t['tar']} was cut off at byte {t['byte']:,}: its whole samples are in" for t in s["truncated"]]
@@ -268,7 +271,10 @@ def redone_blocks(report: Report) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A row that fields lack because its source could not be used. offset, size: of the picture in the tar, bytes."""
+    """A row that fields lack because its source could not be used.
+
+    offset, size: of the picture or sound in the tar, in bytes.
+    """
 
     split: str
     tar: str
@@ -290,25 +296,25 @@ def left_out(cache: Cache) -> list[LeftOut]:
             split = cache.segments[receipt.segment].split
             for q in receipt.quarantined:
                 fields[split, field.spec.space, q.row, q.tar, q.key, q.reason].add(field.name)
-    rows: dict[str, list[int]] = defaultdict(list)
+    rows: dict[tuple[str, Space], list[int]] = defaultdict(list)
     for split, space, row, *_ in fields:
-        if space == "image":
-            rows[split].append(row)
-    places = {row: place for split in rows for row, place in _places(cache, split, rows[split]).items()}
+        if space != "text":
+            rows[split, space].append(row)
+    places = {(s, row): p for (split, s), here in rows.items() for row, p in _places(cache, split, s, here).items()}
     order = {split: number for number, split in enumerate(cache.splits)}
     found = []
     for split, space, row, tar, key, reason in sorted(fields, key=lambda one: (order[one[0]], *one[1:])):
         names = tuple(sorted(fields[split, space, row, tar, key, reason]))
-        offset, size = places.get(row, (None, None)) if space == "image" else (None, None)
+        offset, size = places.get((space, row), (None, None))
         found.append(LeftOut(split, tar, key, space, row, reason, names, offset, size))
     return found
 
 
-def _places(cache: Cache, split: str, rows: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """row -> (offset, size) of the picture in its tar."""
-    table = cache.samples(split)
-    table = table.filter(pc.is_in(table["image_row"], pa.array(rows, pa.int64())))
-    lists = (table[name].to_pylist() for name in ("image_row", "offset", "size"))
+def _places(cache: Cache, split: str, space: Space, rows: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """row -> (offset, size) of the picture or sound in its tar."""
+    table = cache.samples(split) if space == "image" else cache.sounds(split)
+    table = table.filter(pc.is_in(table[f"{space}_row"], pa.array(rows, pa.int64())))
+    lists = (table[name].to_pylist() for name in (f"{space}_row", "offset", "size"))
     return {row: (offset, size) for row, offset, size in zip(*lists, strict=True)}
 
 

@@ -211,7 +211,7 @@ class _Block:
         starts, sizes = index[..., 0], index[..., 1]
         present = (starts != ABSENT) | (sizes != ABSENT)
         expected: np.ndarray | None = np.repeat(self._valid[:, None], array.tiles, axis=1)
-        if self._field.kind == "ragged":
+        if self._field.is_ragged:
             expected = None
             if self._lengths is not None:
                 tiles = -(-self._lengths // TEXT_TILE)

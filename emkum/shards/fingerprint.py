@@ -35,6 +35,7 @@ class Fingerprint:
     tokenizer: str | None = None  # sha256 of tokenizer.json
     max_tokens: int | None = None
     statistics: str | None = None  # int8: sha256 of the channel mean and std
+    max_seconds: float | None = None  # of a sound; longer ones are cut
     layers: dict[str, Any] | None = (
         None  # of a field `layers`: which layers, how normalised; None: as docs/format.md says
     )
@@ -49,7 +50,7 @@ class Fingerprint:
         return digest_of(self.to_json())
 
 
-_LATER = ("layers",)
+_LATER = ("layers", "max_seconds")
 _WORDS = {
     "weights": "weights with sha256",
     "architecture": "architecture with sha256",
@@ -58,6 +59,7 @@ _WORDS = {
     "size": "crop size",
     "storage": "storage",
     "max_tokens": "text positions",
+    "max_seconds": "seconds of a sound",
     "tokenizer": "tokenizer with sha256",
     "statistics": "channel statistics with sha256",
     "layers": "rule of layers",

@@ -19,14 +19,25 @@ MAX_ROWS = 1 << 40  # of a row space; more is a damaged record
 MAX_ROWS_PER_BLOCK = 1 << 16
 MAX_ROW_BYTES = 1 << 31
 MAX_VIEWS = 10_000
-TEXT_TILE = 16  # text positions in one inner chunk of a ragged field
+TEXT_TILE = 16  # positions (words, or frames of sound) in one inner chunk of a ragged field
 RECORDS = "_emkum"
 ABSENT = 2**64 - 1  # offset and length of an absent chunk in a shard's index
 CROPS = re.compile(r"image/crops-(?P<size>[0-9]+)")  # the name of a field of crops, their side in pixels
 
-Space = Literal["image", "text"]
-SPACES: tuple[Space, ...] = ("image", "text")
-Kind = Literal["tokens", "crops", "boxes", "pooled", "top_logits", "ids", "ragged", "text_pooled"]
+Space = Literal["image", "text", "audio"]
+SPACES: tuple[Space, ...] = ("image", "text", "audio")
+Kind = Literal[
+    "tokens",
+    "crops",
+    "boxes",
+    "pooled",
+    "top_logits",
+    "ids",
+    "ragged",
+    "text_pooled",
+    "audio_ragged",
+    "audio_pooled",
+]
 
 KIND_SPACE: dict[Kind, Space] = {
     "tokens": "image",
@@ -37,8 +48,11 @@ KIND_SPACE: dict[Kind, Space] = {
     "ids": "text",
     "ragged": "text",
     "text_pooled": "text",
+    "audio_ragged": "audio",
+    "audio_pooled": "audio",
 }
-SHARDED_KINDS = ("tokens", "crops", "ragged")
+RAGGED_KINDS = ("ragged", "audio_ragged")
+SHARDED_KINDS = ("tokens", "crops", *RAGGED_KINDS)
 _AXES: dict[Kind, tuple[str, ...]] = {
     "tokens": ("token", "channel"),
     "crops": ("y", "x", "rgb"),
@@ -48,6 +62,8 @@ _AXES: dict[Kind, tuple[str, ...]] = {
     "ids": ("position",),
     "ragged": ("position", "channel"),
     "text_pooled": ("channel",),
+    "audio_ragged": ("position", "channel"),
+    "audio_pooled": ("channel",),
 }
 STORAGES = ("float16", "float32", "int8")
 _DTYPES = (*STORAGES, "uint8", "int32")
@@ -75,7 +91,7 @@ class ArraySpec:
 
     @property
     def tiles(self) -> int:
-        """Inner chunks in one row (1 but for ragged text)."""
+        """Inner chunks in one row (1 but for ragged fields)."""
         return 1 if self.inner is None else self.row_shape[0] // self.inner[0] if self.row_shape else 1
 
 
@@ -89,10 +105,8 @@ class FieldSpec:
     row_shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.kind == "ragged" and self.row_shape[0] % TEXT_TILE:
-            raise ValueError(f"text positions must be a multiple of {TEXT_TILE}, got {self.row_shape[0]}")
-        if self.kind == "ids" and self.row_shape[0] % TEXT_TILE:
-            raise ValueError(f"text positions must be a multiple of {TEXT_TILE}, got {self.row_shape[0]}")
+        if self.has_length and self.row_shape[0] % TEXT_TILE:
+            raise ValueError(f"positions must be a multiple of {TEXT_TILE}, got {self.row_shape[0]}")
         if self.kind == "top_logits" and (self.row_shape[0] < 2 or self.storage not in ("float16", "float32")):
             raise ValueError(f"{self.row_shape[0]} numbers of {self.storage} are not the largest logits and the rest")
 
@@ -109,15 +123,20 @@ class FieldSpec:
         return self.kind in SHARDED_KINDS
 
     @property
+    def is_ragged(self) -> bool:
+        """Rows of [position, channel], each as long as its text or sound: tiles past the length are not stored."""
+        return self.kind in RAGGED_KINDS
+
+    @property
     def has_length(self) -> bool:
-        return self.kind in ("ids", "ragged")
+        return self.kind == "ids" or self.is_ragged
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
         """`values` first, then the siblings."""
         axes = _AXES[self.kind]
         inner: tuple[int, ...] | None = None
-        if self.kind == "ragged":
+        if self.is_ragged:
             inner = (TEXT_TILE, *self.row_shape[1:])
         elif self.sharded:
             inner = self.row_shape
@@ -139,7 +158,7 @@ class FieldSpec:
     def block_bytes(self, rows: int, rows_per_block: int, tiles_per_row: int | None = None) -> int:
         """Bytes on disk of one block of one view that holds `rows` rows, checksums, index and padding included.
 
-        tiles_per_row: of ragged text, how many tiles a row fills; None: all.
+        tiles_per_row: of ragged rows, how many tiles a row fills; None: all.
         """
         total = 0
         for array in self.arrays:

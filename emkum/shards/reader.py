@@ -41,10 +41,12 @@ from emkum.shards.ledger import (
 from emkum.shards.segments import (
     CAPTIONS,
     SAMPLES,
+    SOUNDS,
     Segment,
     read_captions,
     read_samples,
     read_segments,
+    read_sounds,
     require_segment,
 )
 from emkum.shards.shard_files import (
@@ -167,6 +169,10 @@ class Cache:
         """captions.parquet of all segments of the split, in row order."""
         return self._table("captions", split)
 
+    def sounds(self, split: str) -> pa.Table:
+        """sounds.parquet of all segments of the split, in row order; no lines where there are no sounds."""
+        return self._table("sounds", split)
+
     def _table(self, which: str, split: str) -> pa.Table:
         if split not in self.splits:
             raise UsageError(
@@ -174,12 +180,13 @@ class Cache:
                 f"add it with `emkum extract --split {split} --data ...`",
             )
         if (which, split) not in self._tables:
-            read, schema = (read_samples, SAMPLES) if which == "samples" else (read_captions, CAPTIONS)
+            read, schema = _TABLES[which]
             parts = [read(self.store, segment) for segment in self.segments if segment.split == split]
             self._tables[which, split] = pa.concat_tables(parts) if parts else schema.empty_table()
         return self._tables[which, split]
 
 
+_TABLES = {"samples": (read_samples, SAMPLES), "captions": (read_captions, CAPTIONS), "sounds": (read_sounds, SOUNDS)}
 _COPIES: set[Path] = set()
 
 
@@ -257,7 +264,7 @@ class Field:
 
     @property
     def num_views(self) -> int:
-        """Views of which at least one block is committed; 1 for text fields."""
+        """Views of which at least one block is committed; 1 for fields of texts and sounds."""
         return max((view + 1 for _, view in self.receipts), default=0)
 
     @property
@@ -348,7 +355,7 @@ class Field:
         return self._read_sibling("scale", rows, view, out)
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
-        """int32 [N]: valid positions of each row, text ids and ragged fields only."""
+        """int32 [N]: valid positions of each row, token ids and ragged fields only."""
         return self._read_sibling("length", rows, 0)
 
     def classes(self, rows: np.ndarray, view: int | np.ndarray = 0, out: np.ndarray | None = None) -> np.ndarray:
@@ -361,7 +368,7 @@ class Field:
         if self.storage != "int8":
             return stored.astype(np.float32)
         values = decode_int8(stored, self.read_scale(rows, view), self.mean, self.std)
-        if self.kind == "ragged":
+        if self.spec.is_ragged:
             past = np.arange(self.row_shape[0]) >= self.lengths(rows)[:, None]
             values[past] = 0
         return values
@@ -464,7 +471,7 @@ class Field:
 
     def _read_sharded(self, rows: np.ndarray, views: np.ndarray, out: np.ndarray, threads: ReadThreads | None) -> None:
         values = self.spec.array("values")
-        if self.kind == "ragged":
+        if self.spec.is_ragged:
             tiles = -(-self.lengths(rows) // TEXT_TILE)
             for i, count in enumerate(tiles.tolist()):
                 out[i, count * TEXT_TILE :] = 0
@@ -525,7 +532,7 @@ class Field:
 
     def _refuse_absent(self, row: int, view: int, number: int) -> None:
         receipt = self._receipt(row, view)
-        if self.kind == "ragged" and not any(q.row == row for q in receipt.quarantined):
+        if self.spec.is_ragged and not any(q.row == row for q in receipt.quarantined):
             path = object_path(self.spec, self.spec.array("values"), receipt.block, view)
             tile = number % self.spec.array("values").tiles
             length = int(self.lengths(np.array([row]))[0])

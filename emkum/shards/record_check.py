@@ -12,10 +12,10 @@ import numpy as np
 
 from emkum.errors import CorruptCache
 from emkum.shards.block_check import stated_objects
-from emkum.shards.layout import FORMAT, MAX_ROWS_PER_BLOCK, FieldSpec, object_path
+from emkum.shards.layout import FORMAT, MAX_ROWS_PER_BLOCK, SPACES, FieldSpec, object_path
 from emkum.shards.ledger import Receipt
 from emkum.shards.reader import Cache
-from emkum.shards.segments import CAPTIONS, SAMPLES, Segment
+from emkum.shards.segments import CAPTIONS, SAMPLES, SOUNDS, Segment
 from emkum.shards.strict_parquet import batches, open_table
 from emkum.shards.writer import NETWORK_FILES
 
@@ -37,7 +37,7 @@ def wrong_segment(segment: Segment, rows_per_block: int) -> str | None:
     """What of a segment.json cannot be."""
     if not isinstance(segment.split, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", segment.split):
         return f"its split is {segment.split!r}"[:200]
-    if any(segment.span(space).first_row % rows_per_block for space in ("image", "text")):
+    if any(segment.span(space).first_row % rows_per_block for space in SPACES):
         return "its rows do not begin with a block"
     for source in segment.sources:
         numbers = (source.bytes, source.samples, *(() if source.truncated is None else (source.truncated,)))
@@ -54,6 +54,8 @@ def wrong_segment(segment: Segment, rows_per_block: int) -> str | None:
         return "it names a tar twice"
     if segment.image.rows > sum(source.samples for source in segment.sources):
         return f"it has {segment.image.rows} pictures in fewer samples"
+    if segment.audio.rows > segment.num_samples:
+        return f"it has {segment.audio.rows} sounds in fewer samples"
     return None
 
 
@@ -206,6 +208,27 @@ def check_captions(segment: Segment, data: bytes, samples: bytes | None) -> None
                 sample = found
             if known is not None and image_row != sample[2]:
                 raise ValueError(f"row {text_row} belongs to picture {image_row}; {tar}/{key} is {sample[2]}"[:300])
+
+
+def check_sounds(segment: Segment, data: bytes, samples: bytes | None) -> None:
+    """Raises ValueError unless the sounds are numbered without gaps and follow their samples, if those are known."""
+    known = None if samples is None else _sample_rows(segment, samples)
+    row = segment.audio.first_row
+    for batch in batches(open_table(data, SOUNDS, segment.audio.rows)):
+        columns = ("audio_row", "image_row", "tar", "key", "offset", "size", "ext")
+        for audio_row, image_row, tar, key, offset, size, ext in zip(
+            *(batch[c].to_pylist() for c in columns), strict=True
+        ):
+            if audio_row != row or ext is None:
+                raise ValueError(f"its line of row {row} is numbered {audio_row!a}, or has no extension")
+            row += 1
+            if offset is None or size is None or offset < 0 or size < 0:
+                raise ValueError(f"the sound of {tar}/{key} lies at byte {offset} of its tar"[:300])
+            sample = None if known is None else next((s for s in known if s[:2] == (tar, key)), ("", "", None))
+            if sample is not None and sample[:2] != (tar, key):
+                raise ValueError(f"row {audio_row} is a sound of {tar!a}/{key!a}, which is not there"[:300])
+            if sample is not None and image_row != sample[2]:
+                raise ValueError(f"row {audio_row} belongs to picture {image_row}; {tar}/{key} is {sample[2]}"[:300])
 
 
 def _sample_rows(segment: Segment, data: bytes) -> Iterator[tuple[str, str, int | None]]:

@@ -11,11 +11,12 @@ import pyarrow as pa
 
 from emkum.errors import CorruptCache
 from emkum.shards.layout import Space, segment_dir
-from emkum.shards.segments import CAPTIONS, SAMPLES, Segment
+from emkum.shards.segments import CAPTIONS, SAMPLES, SOUNDS, Segment
 from emkum.shards.store import Store
 from emkum.shards.strict_parquet import batches, open_table
 
-TABLES: dict[Space, str] = {"image": "samples.parquet", "text": "captions.parquet"}
+TABLES: dict[Space, str] = {"image": "samples.parquet", "text": "captions.parquet", "audio": "sounds.parquet"}
+_SCHEMAS = {"image": SAMPLES, "text": CAPTIONS, "audio": SOUNDS}
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ def table_bytes(store: Store, segment: Segment, name: str) -> bytes:
 def read_row_names(store: Store, segment: Segment, space: Space) -> RowNames:
     """Raises CorruptCache for a table that is damaged, or whose rows are not numbered one after the other."""
     name, span = TABLES[space], segment.span(space)
-    schema, lines = CAPTIONS, segment.text.rows
-    if space == "image":
-        schema, lines = SAMPLES, sum(source.samples for source in segment.sources)
+    if name not in segment.tables:  # no sounds
+        return RowNames(span.first_row, pa.array([], pa.large_string()), pa.array([], pa.large_string()))
+    schema, lines = _SCHEMAS[space], segment.tables[name]
     tars, keys, row = [], [], span.first_row
     try:
         for batch in batches(open_table(table_bytes(store, segment, name), schema, lines)):

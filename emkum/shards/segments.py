@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from emkum.errors import AnotherWriter, CorruptCache, IdentityMismatch, SourceChanged, UsageError
-from emkum.shards.layout import MAX_ROWS, RECORDS, Space, canonical_json, pretty_json, segment_dir
+from emkum.shards.layout import MAX_ROWS, RECORDS, SPACES, Space, canonical_json, pretty_json, segment_dir
 from emkum.shards.store import Store, exists, read_small
 from emkum.shards.strict_json import loads
 from emkum.shards.strict_parquet import MAX_ROWS_PER_BYTE, batches, open_table
@@ -42,6 +42,17 @@ CAPTIONS = pa.schema(
         ("key", pa.string()),
         ("caption", pa.string()),
         ("source", pa.string()),
+    ]
+)
+SOUNDS = pa.schema(
+    [
+        ("audio_row", pa.int64()),
+        ("image_row", pa.int64()),
+        ("tar", pa.string()),
+        ("key", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("ext", pa.string()),
     ]
 )
 
@@ -92,14 +103,26 @@ class Segment:
     sources: tuple[Source, ...]
     parquet: dict[str, str]
     digest: str
+    audio: Span = Span(0, 0)
 
     def span(self, space: Space) -> Span:
-        return self.image if space == "image" else self.text
+        return {"image": self.image, "text": self.text, "audio": self.audio}[space]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(source.samples for source in self.sources)
+
+    @property
+    def tables(self) -> dict[str, int]:
+        """Its Parquet files, and how many lines each has."""
+        found = {"samples.parquet": self.num_samples, "captions.parquet": self.text.rows}
+        return found | {"sounds.parquet": self.audio.rows} if self.audio.rows else found
 
 
 def segment_digest(record: dict[str, Any]) -> str:
     """The digest that a segment.json states, of its contents (docs/format.md, section 3)."""
-    content = {key: record[key] for key in ("split", "image", "text", "views", "parquet")}
+    content: dict[str, Any] = {key: record[key] for key in ("split", "image", "text", "views", "parquet")}
+    content |= {"audio": record["audio"]} if "audio" in record else {}
     content["sources"] = [
         [s["tar"], s["bytes"], s["sha256"], s["samples"], *([s["truncated"]] if "truncated" in s else [])]
         for s in record["sources"]
@@ -136,6 +159,10 @@ def read_samples(store: Store, segment: Segment) -> pa.Table:
 
 def read_captions(store: Store, segment: Segment) -> pa.Table:
     return _read_table(store, segment, "captions.parquet", CAPTIONS)
+
+
+def read_sounds(store: Store, segment: Segment) -> pa.Table:
+    return _read_table(store, segment, "sounds.parquet", SOUNDS) if segment.audio.rows else SOUNDS.empty_table()
 
 
 def new_sources(segments: Sequence[Segment], split: str, tars: Sequence[SourceTar]) -> list[SourceTar]:
@@ -202,13 +229,16 @@ def append_segment(
     check_split_name(split)
     number = len(segments)
     samples, captions, image, text = _tables(segments, tars, rows_per_block)
+    sounds, audio = _sounds(segments, tars, rows_per_block, image)
     files = {"samples.parquet": _parquet_bytes(samples), "captions.parquet": _parquet_bytes(captions)}
+    if audio.rows:
+        files["sounds.parquet"] = _parquet_bytes(sounds)
     parquet = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     sources = tuple(
         Source(t.name, t.bytes, t.sha256, len(t.samples), _plain_text(os.path.abspath(t.path)), t.truncated_at)
         for t in tars
     )
-    segment = Segment(number, split, image, text, views, sources, parquet, digest="")
+    segment = Segment(number, split, image, text, views, sources, parquet, digest="", audio=audio)
     segment = replace(segment, digest=segment_digest(_to_json(segment)))
     record = _to_json(segment)
     files[SEGMENT_JSON] = pretty_json(record | {"record_digest": hashlib.sha256(canonical_json(record)).hexdigest()})
@@ -266,6 +296,24 @@ def _tables(
     )
 
 
+def _sounds(
+    segments: Sequence[Segment], tars: Sequence[SourceTar], rows_per_block: int, image: Span
+) -> tuple[pa.Table, Span]:
+    first = _next_row(segments, "audio", rows_per_block)
+    sounds: dict[str, list[Any]] = {name: [] for name in SOUNDS.names}
+    image_row, audio_row = image.first_row, first
+    for tar in tars:
+        for sample in tar.samples:
+            sound, picture = sample.sound, sample.picture
+            if sound is not None:
+                line = (audio_row, image_row if picture else None, tar.name, sample.key)
+                for name, value in zip(SOUNDS.names, (*line, sound.offset, sound.size, sound.ext), strict=True):
+                    sounds[name].append(value)
+                audio_row += 1
+            image_row += picture is not None
+    return pa.table(sounds, schema=SOUNDS), Span(first, audio_row - first)
+
+
 def _next_row(segments: Sequence[Segment], space: Space, rows_per_block: int) -> int:
     if not segments:
         return 0
@@ -289,6 +337,7 @@ def _to_json(segment: Segment) -> dict[str, Any]:
         "split": segment.split,
         "image": _span_json(segment.image),
         "text": _span_json(segment.text),
+        **({"audio": _span_json(segment.audio)} if segment.audio != Span(0, 0) else {}),
         "views": segment.views.to_json(),
         "sources": [
             {"tar": s.tar, "bytes": s.bytes, "sha256": s.sha256, "samples": s.samples, "path": s.path}
@@ -321,20 +370,23 @@ def read_segment(store: Store, number: int) -> Segment:
             ),
             record["parquet"],
             record["digest"],
+            Span(record["audio"]["first_row"], record["audio"]["rows"]) if "audio" in record else Span(0, 0),
         )
         expected = segment_digest(record)
         if expected != segment.digest or segment.number != number:
             raise ValueError(f"its contents have digest {expected[:12]}..., it states {str(segment.digest)[:12]}...")
-        for span in (segment.image, segment.text):
+        for span in map(segment.span, SPACES):
             if any(type(n) is not int or not 0 <= n <= MAX_ROWS for n in (span.first_row, span.rows)):
                 raise ValueError(f"it states rows {span.first_row} and {span.rows}")
-        if set(segment.parquet) != {"samples.parquet", "captions.parquet"}:
+        lines = segment.tables
+        if set(segment.parquet) != set(lines):
             raise ValueError(f"it lists {sorted(segment.parquet)}")
-        lines = {"samples.parquet": sum(s.samples for s in segment.sources), "captions.parquet": segment.text.rows}
         if any(type(s.samples) is not int or s.samples < 0 for s in segment.sources) or (
             segment.image.rows > lines["samples.parquet"]
         ):
             raise ValueError(f"it states {segment.image.rows} pictures and {lines['samples.parquet']} samples")
+        if segment.audio.rows > lines["samples.parquet"]:
+            raise ValueError(f"it states {segment.audio.rows} sounds and {lines['samples.parquet']} samples")
         found = store.list(segment_dir(number))
         for name, count in lines.items():  # whoever counts blocks must not count to 2^40 for a few bytes
             if count > MAX_ROWS_PER_BYTE * max(found.get(name) or 0, 100_000):
@@ -348,7 +400,7 @@ def read_segment(store: Store, number: int) -> Segment:
 
 def _read_table(store: Store, segment: Segment, name: str, schema: pa.Schema) -> pa.Table:
     path = f"{segment_dir(segment.number)}/{name}"
-    rows = sum(s.samples for s in segment.sources) if name == "samples.parquet" else segment.text.rows
+    rows = segment.tables[name]
     try:
         data = store.read(path)
         if hashlib.sha256(data).hexdigest() != segment.parquet[name]:

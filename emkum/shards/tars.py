@@ -1,4 +1,4 @@
-"""Reads source tars strictly: which samples they hold, where each picture lies, and what is wrong with them."""
+"""Reads source tars strictly: which samples they hold, where pictures and sounds lie, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ from emkum.errors import (
 )
 
 IMAGE_EXTS = frozenset({"jpg", "jpeg", "png", "webp"})
+AUDIO_EXTS = frozenset({"wav", "flac"})
 TEXT_EXTS = frozenset({"json", "txt", "cls"})
-USED_EXTS = IMAGE_EXTS | TEXT_EXTS
+USED_EXTS = IMAGE_EXTS | AUDIO_EXTS | TEXT_EXTS
 
 MAX_TEXT_BYTES = 16 << 20
 MAX_JSON_BYTES = 4 << 20  # "[[],[],..." takes 25 times as much once it is parsed
@@ -88,8 +89,17 @@ class PictureMember:
 
 
 @dataclass(frozen=True, slots=True)
+class SoundMember:
+    """A sound in a tar: `offset` of its first byte in the file, `size` in bytes, `ext` in lower case."""
+
+    offset: int
+    size: int
+    ext: str
+
+
+@dataclass(frozen=True, slots=True)
 class SourceSample:
-    """One key of a tar with a picture, captions or both. `caption_source` is "json", "txt" or "" (no captions)."""
+    """One key of a tar with a picture, a sound or captions. `caption_source` is "json", "txt" or "" (no captions)."""
 
     key: str
     picture: PictureMember | None
@@ -97,6 +107,7 @@ class SourceSample:
     caption_source: str
     label: str | None
     label_name: str | None
+    sound: SoundMember | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +116,7 @@ class SourceTar:
 
     name: its identity, the file's name without folders. bytes, sha256: of the whole file. samples: in the tar's order.
     ignored: members that are not used, counted by extension ("(hidden)", "(meta)" for names like .x and __x__).
-    filtered: keys without picture and without caption, which are not in `samples`.
+    filtered: keys without picture, sound and caption, which are not in `samples`.
     truncated_at: None for a whole tar; else the byte at which the file ends too early, and `samples` are only those
     known to be complete. missing_eof: the tar lacks nothing but its end-of-archive marker, and that was allowed.
     """
@@ -257,8 +268,9 @@ def scan_tar(
 ) -> SourceTar:
     """Read a tar once, from its first byte to its last: its samples, its SHA-256, and every breach of docs/data.md.
 
-    Picture bytes are hashed and passed over, never held. Raises TruncatedTar, SplitKey, DuplicateKey or BadTar, each
-    naming the tar and the byte offset; NoData for a path that is not there; StorageFailure when reading fails.
+    Bytes of pictures and sounds are hashed and passed over, never held. Raises TruncatedTar, SplitKey, DuplicateKey or
+    BadTar, each naming the tar and the byte offset; NoData for a path that is not there; StorageFailure when reading
+    fails.
 
     on_truncated: "keep-complete" keeps the samples of a truncated tar that are known to be complete, those followed by
     a whole header of another key, and says so in `truncated_at`. A file that ends within its first header, of which
@@ -310,7 +322,7 @@ def _read_at(fd: int, name: str, offset: int, size: int) -> bytes:
             raise StorageFailure(f"{name} cannot be read: {error.strerror}", "check the disk") from error
         if not piece:
             raise SourceChanged(
-                f"{name} ends at byte {offset}; a picture was found there up to byte {end}", "put the original tar back"
+                f"{name} ends at byte {offset}; a member was found there up to byte {end}", "put the original tar back"
             )
         pieces.append(piece)
         offset += len(piece)
@@ -395,6 +407,7 @@ class _Group:
     header: int
     exts: set[str] = field(default_factory=set)
     picture: PictureMember | None = None
+    sound: SoundMember | None = None
     json_captions: tuple[str, ...] = ()
     txt_captions: tuple[str, ...] = ()
     cls_label: str | None = None
@@ -403,11 +416,11 @@ class _Group:
 
     def sample(self) -> SourceSample | None:
         captions = self.json_captions or self.txt_captions
-        if self.picture is None and not captions:
+        if self.picture is None and self.sound is None and not captions:
             return None
         source = "json" if self.json_captions else "txt" if captions else ""
         label = self.json_label if self.cls_label is None else self.cls_label
-        return SourceSample(self.key, self.picture, captions, source, label, self.label_name)
+        return SourceSample(self.key, self.picture, captions, source, label, self.label_name, self.sound)
 
 
 class _Scan:
@@ -434,7 +447,7 @@ class _Scan:
         for magic, (kind, command) in _COMPRESSED.items():
             if start.startswith(magic):
                 raise BadTar(
-                    f"{self.path} is compressed ({kind}); pictures are read at their offsets in plain tars",
+                    f"{self.path} is compressed ({kind}); members are read at their offsets in plain tars",
                     f"decompress it first: {command} {self.path}",
                 )
         try:
@@ -620,6 +633,14 @@ class _Scan:
                     "give each picture its own key",
                 )
             group.picture = PictureMember(member.offset, member.size, ext)
+        elif ext in AUDIO_EXTS:
+            if group.sound is not None:
+                self.bad(
+                    member.header,
+                    f"key {key!r} has two sounds, {group.sound.ext} and {ext}",
+                    "give each sound its own key",
+                )
+            group.sound = SoundMember(member.offset, member.size, ext)
         elif ext in TEXT_EXTS:
             self.read_text(group, ext, member)
         else:

@@ -25,6 +25,7 @@ from emkum.shards.layout import (
     FORMAT,
     MAX_VIEWS,
     RECORDS,
+    SPACES,
     ArraySpec,
     FieldSpec,
     Space,
@@ -44,6 +45,7 @@ from emkum.shards.record_check import (
     check_captions,
     check_root,
     check_samples,
+    check_sounds,
     wrong_files,
     wrong_place,
     wrong_receipt,
@@ -354,7 +356,7 @@ class _Audit:
         )
         if lost is not None:
             self._add(segment_dir(lost), "is missing: segments are numbered without gaps")
-        starts: dict[Space, int | None] = {"image": 0, "text": 0}
+        starts: dict[Space, int | None] = dict.fromkeys(SPACES, 0)
         tars: dict[str, int] = {}
         policies: dict[str, str] = {}
         for number in numbers:
@@ -378,13 +380,14 @@ class _Audit:
                 missing = path not in self._files
                 self._add(path, "is missing" if missing else _refusal(error))
                 self._tables_of_bad_segment(number)
-                starts = {"image": None, "text": None}
+                starts = dict.fromkeys(SPACES)
                 continue
             if wrong:
                 self._add(path, f"cannot be trusted: {wrong}")
-                starts = {"image": None, "text": None}
+                starts = dict.fromkeys(SPACES)
                 continue
             self._segments[number] = segment
+            self._owned |= {f"{segment_dir(number)}/{name}" for name in segment.tables}
             for space in starts:
                 span = segment.span(space)
                 starts[space] = span.first_row + -(-span.rows // self._rows_per_block) * self._rows_per_block
@@ -411,7 +414,10 @@ class _Audit:
             stated = dict(loads(self._store.read(f"{folder}/segment.json"))["parquet"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             stated = {}
-        for name in ("samples.parquet", "captions.parquet"):
+        tables = ["samples.parquet", "captions.parquet"]
+        tables += ["sounds.parquet"] if "sounds.parquet" in stated else []
+        self._owned |= {f"{folder}/{name}" for name in tables}
+        for name in tables:
             try:
                 _, sha256 = sha256_of(self._store, f"{folder}/{name}")
             except FileNotFoundError:
@@ -426,6 +432,8 @@ class _Audit:
         """Both Parquet files: bytes, pages, columns, and that their rows are numbered as segment.json says."""
         samples = self._table(segment, "samples.parquet", lambda data: check_samples(segment, data))
         self._table(segment, "captions.parquet", lambda data: check_captions(segment, data, samples))
+        if segment.audio.rows:
+            self._table(segment, "sounds.parquet", lambda data: check_sounds(segment, data, samples))
 
     def _table(self, segment: Segment, name: str, check: Callable[[bytes], None]) -> bytes | None:
         path = f"{segment_dir(segment.number)}/{name}"

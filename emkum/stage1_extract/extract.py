@@ -28,6 +28,7 @@ from emkum.stage1_extract.plan import ExtractConfig, Plan, Survey, Task, make_pl
 from emkum.stage1_extract.probe import check_committed
 from emkum.stage1_extract.quarantine import Quarantine
 from emkum.stage1_extract.scans import ScanMemory
+from emkum.stage1_extract.sounds import SoundBatch, SoundStream, ears_of, waves
 from emkum.stage1_extract.telling import (
     ExtractResult,
     Progress,
@@ -78,29 +79,38 @@ def _run(
         return ExtractResult(0, 0, 0, time.perf_counter() - started, 0.0, 0)
     blocks = ClaimedBlocks(plan, claims, beside_bars(say))
     loop_started = time.perf_counter()
+    cut = 0  # sounds of which only the beginning was heard
     with (
         Writing(plan, blocks, beside_bars(warn)) as writing,
         Progress("captions", watch) as captions,
         Progress("pictures", watch) as pictures,
+        Progress("sounds", watch) as sounds,
     ):
         for missing in blocks.rounds():
             if watch is not None:
                 watch(0)
             text_tasks, image_tasks = _of(plan, missing, "text"), _of(plan, missing, "image")
+            audio_tasks = _of(plan, missing, "audio")
             captions.left(sum(task.rows for task in text_tasks))
             pictures.left(sum(task.rows for task in image_tasks))
+            sounds.left(sum(task.rows for task in audio_tasks))
             if text_tasks:
                 _extract_captions(plan, captions.opened_by(blocks.take(text_tasks)), writing, captions, bad)
+            if audio_tasks:
+                cut += _extract_sounds(plan, sounds.opened_by(blocks.take(audio_tasks)), writing, sounds, bad)
             if image_tasks:
                 _extract_pictures(plan, pictures.opened_by(blocks.take(image_tasks)), writing, pictures, bad)
             writing.settle()
         captions.left(0)
         pictures.left(0)
+        sounds.left(0)
     bad.finish()
     ended = time.perf_counter()
     result = ExtractResult(
         writing.num_rows, writing.num_blocks, writing.num_bytes, ended - started, ended - loop_started, bad.new
     )
+    if cut:
+        say(f"{cut:,} sounds last longer than {config.max_seconds:g} s and were cut there (--max-seconds)")
     for line in closing_lines(plan, bad, result):
         say(line)
     return result
@@ -141,7 +151,7 @@ def _of(plan: Plan, tasks: Sequence[Task], space: Space) -> list[Task]:
     return [task for task in tasks if space_of(plan, task) == space]
 
 
-# --- the two loops -------------------------------------------------------------------------------------
+# --- the loops -------------------------------------------------------------------------------------
 
 # A batch is started (queued on the device) and finished (waited for) apart: the device has the next one by then.
 Started = Callable[[], Finished]
@@ -289,11 +299,67 @@ def _start_captions(
         field = plan.fields[name]
         if field.wanted is not None:
             values = said[wanted.index(field.wanted)]
-            if field.spec.kind == "ragged":
+            if field.spec.is_ragged:
                 values = torch.nn.functional.pad(values, (0, 0, 0, plan.config.max_tokens - longest))
             outputs.append(Output(name, values, field.spec.storage, keys, statistics.get(name), length))
     encoded = encode_outputs(outputs, plan.config.on_nonfinite)
     return lambda: Finished(task, samples, {}, exact | encoded(), last)
+
+
+def _extract_sounds(plan: Plan, tasks: Iterable[Task], writing: Writing, progress: Progress, bad: Quarantine) -> int:
+    """How many sounds were cut."""
+    statistics = int8_statistics.on_devices(plan)
+    threads = plan.config.threads or default_threads()
+    stream = SoundStream(plan.store, tasks, ears_of(plan), plan.config.batch_size, threads)
+    cut = [0]
+    try:
+        _hand_over(_started_sounds(plan, iter(stream), statistics, progress, cut), writing, progress, bad)
+    finally:
+        stream.close()
+    return cut[0]
+
+
+def _started_sounds(
+    plan: Plan,
+    batches: Iterator[SoundBatch],
+    statistics: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    progress: Progress,
+    cut: list[int],
+) -> Iterator[Started]:
+    while True:
+        with progress.waiting("decode"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        cut[0] += sum(row.sound is not None and row.sound.was_cut for row in batch.rows)
+        with progress.waiting("forward"):
+            started = _start_sounds(plan, batch, statistics)
+        yield started
+
+
+def _start_sounds(plan: Plan, batch: SoundBatch, statistics: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Started:
+    """Every field's rows for the good sounds of the batch."""
+    samples = [(row.clip.tar, row.clip.key) for row in batch.rows]
+    bad = {i: row.reason for i, row in enumerate(batch.rows) if row.sound is None}
+    good = [row for row in batch.rows if row.sound is not None]
+    if not good:
+        return lambda: Finished(batch.task, samples, bad, {}, batch.last)
+    assert plan.audio_pass is not None
+    waves_NS, num_samples = waves([row.sound for row in good if row.sound is not None])
+    wanted = _wanted(plan, batch.task)
+    said = plan.audio_pass.sounds(for_device(waves_NS, plan.audio_pass.device), num_samples, wanted)
+    names = [row.clip.name for row in good]
+    outputs = []
+    for name in batch.task.fields:
+        spec, want = plan.fields[name].spec, plan.fields[name].wanted
+        assert want is not None
+        values, length = said[wanted.index(want)], None
+        if spec.is_ragged:
+            values = torch.nn.functional.pad(values, (0, 0, 0, spec.row_shape[0] - values.shape[1]))
+            length = plan.audio_pass.lengths(want, num_samples)
+        outputs.append(Output(name, values, spec.storage, names, statistics.get(name), length))
+    encoded = encode_outputs(outputs, plan.config.on_nonfinite)
+    return lambda: Finished(batch.task, samples, bad, encoded(), batch.last)
 
 
 # --- fields ----------------------------------------------------------------------------------------------

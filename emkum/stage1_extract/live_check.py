@@ -24,6 +24,7 @@ from emkum.errors import (
     SourceChanged,
     UsageError,
 )
+from emkum.models.audio_pass import AudioPass
 from emkum.models.catalogue import load_network
 from emkum.models.network import Network
 from emkum.models.passes import TARGETS, FrozenPass, Wanted, chosen_device, wanted_target
@@ -31,6 +32,8 @@ from emkum.shards.audit import printable
 from emkum.shards.fingerprint import differences
 from emkum.shards.layout import FORMAT, canonical_json
 from emkum.shards.reader import Cache, Field
+from emkum.shards.sounds import DECODER as SOUND_DECODER
+from emkum.shards.sounds import require_decoder
 from emkum.shards.store import Store
 from emkum.shards.tars import find_tars
 from emkum.shards.views import DECODER
@@ -48,7 +51,7 @@ from emkum.stage1_extract.probe import (
 
 DECODE_THREADS = 4
 _FIELD = re.compile(
-    r"image/(?P<encoder>.+)@(?P<cut>[0-9]+)/tokens|teacher/(?P<teacher>.+)/(?:image|text)/(?P<target>[a-z-]+)"
+    r"image/(?P<encoder>.+)@(?P<cut>[0-9]+)/tokens|teacher/(?P<teacher>.+)/(?:image|text|audio)/(?P<target>[a-z-]+)"
 )
 Progress = Callable[[int, int], None]  # rows computed so far, of all
 
@@ -236,7 +239,7 @@ def _require_same(cache: Cache, field: Field, network: Network) -> None:
         "weights": network.weights_sha256,
         "family": network.family,
         "architecture": hashlib.sha256(canonical_json(network.backbone.spec.to_json())).hexdigest(),
-        "decoder": DECODER,
+        "decoder": SOUND_DECODER if field.space == "audio" else DECODER,
     }
     if network.preprocessing is not None:
         now |= {"mean": list(network.preprocessing.mean), "std": list(network.preprocessing.std)}
@@ -259,13 +262,18 @@ def _works(cache: Cache, fields: Mapping[str, Network], device: Any) -> list[Wor
     """Fields with the same settings share one pass; boxes and ids go with those they belong to."""
     groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name in fields:
-        field, keys = cache.field(name), ("compute", "size", "tokenizer", "max_tokens")
+        field, keys = cache.field(name), ("compute", "size", "tokenizer", "max_tokens", "max_seconds")
         groups[field.space, *(field.fingerprint.get(key) for key in keys)].append(name)
     works = []
-    for (space, compute, size, tokenizer, max_tokens), names in groups.items():
+    for (space, compute, size, tokenizer, max_tokens, max_seconds), names in groups.items():
         networks = {fields[name].name: fields[name] for name in names}
         wanted: dict[str, Wanted | None] = {name: _wanted(cache.field(name), fields[name]) for name in names}
         outputs = list(dict.fromkeys(want for want in wanted.values() if want is not None))
+        if space == "audio":
+            require_decoder()
+            sounds = AudioPass(list(networks.values()), outputs, compute, device)
+            works.append(Work("audio", wanted, None, {}, audio_pass=sounds, max_seconds=max_seconds))
+            continue
         frozen = FrozenPass(list(networks.values()), outputs, compute, device)
         if space == "image":
             policies = {segment.views.name for segment in cache.segments if segment.image.rows}
@@ -308,7 +316,7 @@ def _with_tars(cache: Cache, work: Work, data: Sequence[str], absent: set[str]) 
     given = {os.path.basename(path): path for path in find_tars(data)} if data else {}
     paths = {}
     for segment in cache.segments:
-        for source in segment.sources if segment.image.rows else ():
+        for source in segment.sources if segment.span(work.space).rows else ():
             path = given.get(source.tar, source.path)
             if not os.path.isfile(path):
                 absent.add(source.tar)

@@ -17,6 +17,7 @@ import emkum
 from emkum.errors import (
     CorruptCache,
     FingerprintMismatch,
+    IdentityMismatch,
     MissingCaptions,
     NoData,
     SourceChanged,
@@ -25,6 +26,7 @@ from emkum.errors import (
     UsageError,
     WeightsUnavailable,
 )
+from emkum.models.audio_pass import AUDIO_OUTPUTS, AUDIO_TARGETS, AudioPass
 from emkum.models.backbone import Backbone, Modality, TextEmbedding
 from emkum.models.catalogue import load_network
 from emkum.models.families.registry import CATALOGUE, family_named
@@ -52,6 +54,7 @@ from emkum.shards.layout import (
     TEXT_TILE,
     FieldSpec,
     Kind,
+    Space,
     canonical_json,
     check_cache_name,
     model_dir,
@@ -66,6 +69,8 @@ from emkum.shards.segments import (
     require_same_views,
     require_split,
 )
+from emkum.shards.sounds import DECODER as SOUND_DECODER
+from emkum.shards.sounds import decoder_versions, require_decoder
 from emkum.shards.store import Store, exists, is_url, open_store
 from emkum.shards.strict_json import loads
 from emkum.shards.tars import OnTruncated, SourceTar, find_tars
@@ -79,6 +84,7 @@ StoreInputs = Literal["tokens", "crops"]
 Cut = int | Literal["prenet"]
 IMAGE_TARGETS = ("cls", "patches", "mean", "layers", "logits")
 TEXT_TARGETS = ("cls", "patches", "mean", "layers")
+MAX_SECONDS = 600.0  # attention takes memory by the square of a clip's length
 DEFAULT_TEXT_ENCODER = "bert-base"
 DEFAULT_DATA = ("./data",)
 DEFAULT_SIZE = 224
@@ -114,6 +120,7 @@ class ExtractConfig:
     storage: str = "float16"
     compute: str = "auto"
     max_tokens: int = 64
+    max_seconds: float = 30.0
     batch_size: int = 32
     threads: int | None = None
     rows_per_block: int | None = None
@@ -135,8 +142,8 @@ class ExtractConfig:
         _require(self.storage in STORAGES, f"--storage {self.storage}", f"choose one of {', '.join(STORAGES)}")
         computes = ("auto", "float32", "bfloat16", "float16")
         _require(self.compute in computes, f"--compute {self.compute}", f"choose one of {', '.join(computes)}")
-        unknown = [t for t in self.targets if t not in IMAGE_TARGETS]
-        _require(not unknown, f"unknown target {', '.join(unknown)}", f"choose from {', '.join(IMAGE_TARGETS)}")
+        unknown = [t for t in self.targets if t not in TARGETS]
+        _require(not unknown, f"unknown target {', '.join(unknown)}", f"choose from {', '.join(TARGETS)}")
         _require(0 <= self.max_bad <= 1, f"--max-bad {self.max_bad}", "give a fraction between 0 and 1")
         _require(self.threads is None or self.threads > 0, f"--threads {self.threads}", "give 1 or more")
         _require(self.batch_size > 0, f"--batch-size {self.batch_size}", "give a positive number")
@@ -147,7 +154,7 @@ class ExtractConfig:
             f"--cut {self.cut}",
             "0 keeps patch embeddings, k the tokens after block k, prenet those after the encoder's prenet blocks",
         )
-        for modality in ("image", "text") if self.layers is not None else ():
+        for modality in ("image", "text", "audio") if self.layers is not None else ():
             rule_from_text(str(self.layers), modality)  # raises UsageError for what is no rule
         top = self.logits_top
         _require(top is None or top > 0, f"--logits-top {top}", "give how many of the largest logits to keep")
@@ -176,6 +183,11 @@ class ExtractConfig:
             self.max_tokens > 0 and self.max_tokens % TEXT_TILE == 0,
             f"--max-tokens {self.max_tokens}",
             f"give a multiple of {TEXT_TILE}",
+        )
+        _require(
+            0.1 <= self.max_seconds <= MAX_SECONDS,
+            f"--max-seconds {self.max_seconds:g}",
+            f"give 0.1 to {MAX_SECONDS:g}; cut longer recordings into clips",
         )
         rows = self.rows_per_block
         _require(
@@ -260,8 +272,9 @@ class Plan:
     segments: tuple[Segment, ...]
     paths: dict[str, str]  # tar name -> where it lies now
     crops: Field | None  # where the pictures come from, if not from tars
-    filtered: int  # samples with neither picture nor caption
+    filtered: int  # samples with neither picture, caption nor sound
     duplicate_keys: int  # keys that appear in more than one tar
+    audio_pass: AudioPass | None = None
 
     @property
     def store(self) -> Store:
@@ -269,12 +282,12 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
-        """Rows to compute, pictures (each view counts) and captions together."""
+        """Rows to compute, pictures (each view counts), captions and sounds together."""
         return sum(task.rows for task in self.tasks)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes the missing blocks will take at most (ragged text counted in full)."""
+        """Bytes the missing blocks will take at most (ragged rows counted in full)."""
         return sum(self.field_bytes(name) for name in self.fields)
 
     def field_bytes(self, name: str, tiles_per_row: int | None = None) -> int:
@@ -300,6 +313,7 @@ class Survey:
     memory: ScanMemory
     has_pictures: bool
     has_captions: bool
+    has_sounds: bool = False
 
 
 def survey(config: ExtractConfig) -> Survey:
@@ -324,13 +338,15 @@ def survey(config: ExtractConfig) -> Survey:
     known, tars = _scan(paths, memory)
     if config.from_crops:
         has_pictures, has_captions = _contents_of_split(config, segments, store)
+        has_sounds = False  # crops hold none
         has_pictures = has_pictures and bool(networks.image_teachers or networks.encoder)
         if has_pictures:
             config = replace(config, size=chosen_size(store, config.size, _with_crops(config, store)))
     else:
-        has_pictures, has_captions = _contents(config, known, tars, segments)
+        has_pictures, has_captions, has_sounds = _contents(config, known, tars, segments)
     networks = _complete(networks, config, has_pictures, has_captions)
-    return Survey(config, store, device, paths, known, tars, networks, memory, has_pictures, has_captions)
+    _require_sounds(networks, config, has_sounds)
+    return Survey(config, store, device, paths, known, tars, networks, memory, has_pictures, has_captions, has_sounds)
 
 
 @dataclass(frozen=True)
@@ -346,6 +362,7 @@ class Committed:
     tokenizer: bytes | None
     paths: dict[str, str]  # tar name -> where it lies, of the tars that are at hand as they were
     crops: Field | None  # where the pictures come from, if not from tars
+    audio_pass: AudioPass | None = None
 
 
 def make_plan(
@@ -364,6 +381,10 @@ def make_plan(
     memory.know(writer.segments)
     config = _with_views_of_the_split(config, writer.segments)
     fresh = new_sources(writer.segments, config.split, tars)
+    if networks.audio_teachers:
+        with_sounds = {tar.name for tar in tars if any(sample.sound for sample in tar.samples)}
+        with_sounds |= {os.path.basename(path) for path in found.known if memory.num_sounds(path)}
+        _require_rows(writer.segments, with_sounds)
     for path in found.known:
         require_split(writer.segments, config.split, os.path.basename(path))
     if any(sample.picture for tar in fresh for sample in tar.samples):
@@ -372,6 +393,9 @@ def make_plan(
     fields, image_pass, text_pass = _fields(
         config, networks, found.device, writer, found.has_pictures, found.has_captions, crops
     )
+    sounds, audio_pass = _audio_fields(config, networks, found.device, writer)
+    fields |= sounds
+    _require_used(config, [field.wanted for field in fields.values() if field.wanted])
     guard = config.guard.record()
     fields = {name: replace(field, environment=field.environment | guard) for name, field in fields.items()}
     for field in fields.values():
@@ -398,7 +422,9 @@ def make_plan(
         paths = {} if config.from_crops else _at_hand(writer.segments, where, memory)
         recorded = {name: field for name, field in fields.items() if writer.field_record(name) is not None}
         held = {name: receipts[name] for name in recorded}
-        check(Committed(config, found.store, recorded, held, image_pass, text_pass, tokenizer, paths, crops))
+        check(
+            Committed(config, found.store, recorded, held, image_pass, text_pass, tokenizer, paths, crops, audio_pass)
+        )
     _keep_networks(writer, networks)
     if fresh:
         writer.append_segment(config.split, config.policy, fresh)
@@ -411,6 +437,8 @@ def make_plan(
     tasks = _tasks(config, writer.rows_per_block, fields, segments, receipts)
     missing = {name for task in tasks for name in task.fields}
     image_pass, text_pass = (_narrowed(p, fields, missing) for p in (image_pass, text_pass))
+    if audio_pass is not None:
+        audio_pass = audio_pass.only([w for name in missing if (w := fields[name].wanted) is not None])
     keys = [(t.name, s.key) for t in fresh for s in t.samples]
     return Plan(
         config,
@@ -426,6 +454,7 @@ def make_plan(
         crops,
         sum(tar.filtered for tar in tars),
         len(keys) - len({key for _, key in keys}),
+        audio_pass,
     )
 
 
@@ -448,6 +477,10 @@ class _Networks:
     @property
     def text_teachers(self) -> list[Network]:
         return [t for t in self.teachers if t.modality == "text"]
+
+    @property
+    def audio_teachers(self) -> list[Network]:
+        return [t for t in self.teachers if t.modality == "audio"]
 
     @property
     def image_teachers(self) -> list[Network]:
@@ -542,6 +575,35 @@ def _complete(networks: _Networks, config: ExtractConfig, has_pictures: bool, ha
             "give tars with txt members, or json members with `captions` or `caption`",
         )
     return _Networks(encoder if has_pictures else None, text_encoder if has_captions else None, networks.teachers)
+
+
+def _require_sounds(networks: _Networks, config: ExtractConfig, has_sounds: bool) -> None:
+    """Raises unless the teachers of sounds, if there are any, can hear some."""
+    if not networks.audio_teachers:
+        return
+    teacher = networks.audio_teachers[0]
+    if config.from_crops:
+        raise UsageError(
+            f"teacher {teacher.name} hears sounds, and --from-crops reads no tar",
+            "name the tars: --data in place of --from-crops",
+        )
+    if not has_sounds:
+        raise NoData(
+            f"teacher {teacher.name} hears sounds and the data has none",
+            "give tars with wav or flac members",
+        )
+    require_decoder()
+
+
+def _require_rows(segments: Sequence[Segment], with_sounds: Collection[str]) -> None:
+    """Raises IdentityMismatch if a segment was made of tars that hold sounds, and has no rows for them."""
+    for segment in segments:
+        unheard = [source.tar for source in segment.sources if source.tar in with_sounds]
+        if unheard and not segment.audio.rows:
+            raise IdentityMismatch(
+                f"{unheard[0]} holds sounds, and segment {segment.number} was made of it by an emkum that read none",
+                "extract the sounds into another folder with --cache, or write their tars again under another name",
+            )
 
 
 def _require_known_inside(encoder: Network | None, flag: str) -> None:
@@ -690,8 +752,43 @@ def _fields(
                     max_tokens=config.max_tokens,
                 )
                 fields[name] = PlannedField(spec, fingerprint, want, _environment(network, device, want.what))
-    _require_used(config, [field.wanted for field in fields.values() if field.wanted])
     return fields, image_pass, text_pass
+
+
+def _audio_fields(
+    config: ExtractConfig, networks: _Networks, device: torch.device, writer: CacheWriter
+) -> tuple[dict[str, PlannedField], AudioPass | None]:
+    teachers = _unique(networks.audio_teachers)
+    if not teachers:
+        return {}, None
+    wanted: dict[Wanted, tuple[str, Kind]] = {}
+    for teacher in teachers:
+        targets = [target for target in _targets(config, teacher) if target in AUDIO_TARGETS]
+        if not targets:
+            raise UsageError(
+                f"--targets {','.join(config.targets)} of {teacher.name}, which hears sounds",
+                f"choose from {', '.join(AUDIO_TARGETS)}",
+            )
+        for target in targets:
+            kind: Kind = "audio_pooled" if target == "mean" else "audio_ragged"
+            wanted[_wanted_of(config, teacher, target)] = (f"teacher/{teacher.name}/audio/{target}", kind)
+    audio_pass = AudioPass(teachers, list(wanted), _compute(config, device, writer, wanted), device)
+    rate = audio_pass.rate
+    fields = {}
+    for want, (name, kind) in wanted.items():
+        network, spec = audio_pass.networks[want.network], audio_pass.backbone(want).spec
+        frames = spec.num_frames(round(config.max_seconds * rate))
+        positions = -(-max(frames, 1) // TEXT_TILE) * TEXT_TILE
+        shape = (spec.width,) if kind == "audio_pooled" else (positions, spec.width)
+        field = FieldSpec(name, kind, config.storage, shape)
+        fingerprint = Fingerprint(
+            **_common(field, network, want, audio_pass.compute),
+            decoder=SOUND_DECODER,
+            max_seconds=float(config.max_seconds),
+        )
+        environment = _environment(network, device, want.what) | decoder_versions()
+        fields[name] = PlannedField(field, fingerprint, want, environment)
+    return fields, audio_pass
 
 
 def _spec(config: ExtractConfig, name: str, kind: Kind, want: Wanted, output: torch.Tensor) -> FieldSpec:
@@ -815,6 +912,8 @@ def _default_targets(teacher: Network) -> tuple[str, ...]:
         return family.default_targets
     if teacher.modality == "text":
         return ("layers",)
+    if teacher.modality == "audio":
+        return ("mean", "layers")
     return ("cls", "patches") if teacher.depth else ("cls", "logits")
 
 
@@ -829,7 +928,7 @@ def _common(spec: FieldSpec, network: Network, want: Wanted, compute: str) -> di
         "layers": want.rule.words if want.rule else "",
         "logits": "classifier logits",
         "top_logits": f"the {want.top} largest classifier logits, log-sum-exp of the others",
-    }
+    } | (AUDIO_OUTPUTS if network.modality == "audio" else {})
     # A field without an entry has the rule of the thesis: so had all, before there were others.
     other_rule = want.rule if want.rule != named_rule("thesis", network.modality) else None
     return {
@@ -908,21 +1007,24 @@ def _with_views_of_the_split(config: ExtractConfig, segments: Sequence[Segment])
 
 def _contents(
     config: ExtractConfig, known: Sequence[str], tars: Sequence[SourceTar], segments: Sequence[Segment]
-) -> tuple[bool, bool]:
+) -> tuple[bool, bool, bool]:
+    """Whether there are pictures, captions and sounds."""
     pictures = any(sample.picture for tar in tars for sample in tar.samples)
     captions = any(sample.captions for tar in tars for sample in tar.samples)
+    sounds = any(sample.sound for tar in tars for sample in tar.samples)
     if known:
         names = {os.path.basename(path) for path in known}
         for segment in segments:
             if names & {source.tar for source in segment.sources}:
                 pictures |= segment.image.rows > 0
                 captions |= segment.text.rows > 0
-    if not pictures and not captions:
+                sounds |= segment.audio.rows > 0
+    if not pictures and not captions and not sounds:
         raise NoData(
-            f"the tars in {', '.join(config.data)} hold neither pictures nor captions",
-            "emkum reads jpg, jpeg, png, webp, txt and json members; see docs/data.md",
+            f"the tars in {', '.join(config.data)} hold neither pictures nor captions nor sounds",
+            "emkum reads jpg, jpeg, png, webp, txt, json, wav and flac members; see docs/data.md",
         )
-    return pictures, captions
+    return pictures, captions, sounds
 
 
 def _contents_of_split(config: ExtractConfig, segments: Sequence[Segment], store: Store) -> tuple[bool, bool]:
@@ -1035,10 +1137,11 @@ def _tasks(
     receipts: dict[str, dict[tuple[int, int], Receipt]],
 ) -> tuple[Task, ...]:
     tasks = []
-    for space, num_views in (("text", 1), ("image", config.views)):
+    views: dict[Space, int] = {"text": 1, "audio": 1, "image": config.views}
+    for space, num_views in views.items():
         names = [name for name, field in fields.items() if field.spec.space == space]
         for segment in segments if names else ():
-            span = segment.text if space == "text" else segment.image
+            span = segment.span(space)
             for block in span.blocks(rows_per_block):
                 for view in range(num_views):
                     lacking = tuple(name for name in names if (block, view) not in receipts[name])
@@ -1049,11 +1152,11 @@ def _tasks(
 
 
 def require_room(plan: Plan) -> None:
-    """Raises StorageFailure if what is sure to be written does not fit; ragged text counts one tile a caption.
+    """Raises StorageFailure if what is sure to be written does not fit; ragged rows count one tile each.
 
     For a process that writes alone: what others have begun would count twice.
     """
-    needed = sum(plan.field_bytes(name, 1 if f.spec.kind == "ragged" else None) for name, f in plan.fields.items())
+    needed = sum(plan.field_bytes(name, 1 if f.spec.is_ragged else None) for name, f in plan.fields.items())
     free = plan.store.free_bytes()
     if free is not None and needed > free:
         raise StorageFailure(

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from emkum.errors import IdentityMismatch, SourceChanged
+from emkum.models.audio_pass import AudioPass
 from emkum.models.passes import FrozenPass, Wanted
 from emkum.models.tokenizer import text_ids
 from emkum.shards.layout import Space
@@ -30,6 +31,7 @@ from emkum.stage1_extract.pictures import (
     picture_table,
 )
 from emkum.stage1_extract.plan import Committed, Task
+from emkum.stage1_extract.sounds import Clip, Ears, SoundStream, sound_table, waves
 
 CHECKED_ROWS = 8  # of each space, before a run adds to a cache
 MIN_COSINE = 0.999
@@ -70,6 +72,8 @@ class Work:
     kept: Field | None = None
     tokenizer: bytes = b""
     max_tokens: int = 0
+    audio_pass: AudioPass | None = None
+    max_seconds: float = 0.0
 
     @property
     def source(self) -> PictureSource:
@@ -147,6 +151,10 @@ def _works(held: Committed, names: Sequence[str]) -> list[Work]:
         elif wanted:
             assert held.tokenizer is not None
             works.append(Work("text", wanted, frozen, {}, tokenizer=held.tokenizer, max_tokens=config.max_tokens))
+    heard = {name: held.fields[name].wanted for name in names if held.fields[name].spec.space == "audio"}
+    if heard:
+        sounds = held.audio_pass
+        works.append(Work("audio", heard, None, held.paths, audio_pass=sounds, max_seconds=config.max_seconds))
     return works
 
 
@@ -223,13 +231,17 @@ def segment_of(cache: Cache, space: Space, row: int) -> Segment:
 
 
 def rows_at_hand(cache: Cache, work: Work, view: int) -> np.ndarray:
-    """int64, ascending: the rows that can be computed. Captions lie in the cache, pictures in tars or in the cache."""
+    """int64, ascending: the rows that can be computed. Captions lie in the cache, pictures and sounds in tars.
+
+    Pictures of other tars come from the crops that the cache keeps, if it does.
+    """
     found = [np.empty(0, np.int64)]
     for segment in cache.segments:
         span = segment.span(work.space)
         rows = np.arange(span.first_row, span.end, dtype=np.int64)
-        if work.space == "image" and not all(source.tar in work.paths for source in segment.sources):
-            tars = picture_table(cache.store, segment)["tar"]
+        if work.space != "text" and not all(source.tar in work.paths for source in segment.sources):
+            table = picture_table if work.space == "image" else sound_table
+            tars = table(cache.store, segment)["tar"]
             rows = rows[pc.is_in(tars, pa.array(list(work.paths), pa.string())).to_numpy()]
         found.append(rows)
     if work.kept is not None:
@@ -244,6 +256,8 @@ def recompute(cache: Cache, work: Work, chosen: Chosen, batch_size: int, threads
         return
     if work.space == "image":
         yield from _recompute_pictures(cache, work, chosen, batch_size, threads)
+    elif work.space == "audio":
+        yield from _recompute_sounds(cache, work, chosen, batch_size, threads)
     else:
         yield from _recompute_captions(cache, work, chosen, batch_size)
 
@@ -314,6 +328,35 @@ def _recompute_captions(cache: Cache, work: Work, chosen: Chosen, batch_size: in
                     yield _compare(field, cache, place, sample, now[: length[i]] if field.kind == "ragged" else now)
 
 
+def _recompute_sounds(cache: Cache, work: Work, chosen: Chosen, batch_size: int, threads: int) -> Iterator[Compared]:
+    frozen, places = work.audio_pass, sorted(chosen)
+    assert frozen is not None
+    tasks = [
+        Task(segment_of(cache, "audio", p.row), p.row // cache.rows_per_block, 0, chosen[p], p.row, 1) for p in places
+    ]
+    ears = Ears(work.paths, frozen.rate, work.max_seconds, frozen.least_samples)
+    stream = SoundStream(cache.store, tasks, ears, batch_size, threads)
+    try:
+        for place, batch in zip(places, stream, strict=True):
+            row = batch.rows[0]
+            _require_member(work.paths[row.clip.tar], row.clip)
+            sample = row.clip.tar, row.clip.key
+            if row.sound is None:
+                for name in chosen[place]:
+                    problem = f"its sound cannot be decoded now: {row.reason}"
+                    yield _not_comparable(cache.field(name), place, sample, problem)
+                continue
+            wanted = _wanted(work, chosen, [place])
+            waves_NS, num_samples = waves([row.sound])
+            said = dict(zip(wanted, frozen.sounds(torch.from_numpy(waves_NS), num_samples, wanted), strict=True))
+            for name in chosen[place]:
+                want = work.wanted[name]
+                assert want is not None
+                yield _compare(cache.field(name), cache, place, sample, said[want][0].cpu().numpy())
+    finally:
+        stream.close()
+
+
 def _caption_lines(cache: Cache, places: Iterable[Place]) -> Iterator[tuple[Place, tuple[str, str], str]]:
     """Place, (tar, key) and caption of each row; places ascend."""
     segment: Segment | None = None
@@ -332,7 +375,7 @@ def _wanted(work: Work, chosen: Chosen, places: Iterable[Place]) -> list[Wanted]
     return list(dict.fromkeys(want for want in found if want is not None))
 
 
-def _require_member(path: str, picture: Picture) -> None:
+def _require_member(path: str, picture: Picture | Clip) -> None:
     """The tar must hold the picture's member there: the 512 bytes before its data name its key and size."""
     try:
         header = tarfile.TarInfo.frombuf(
@@ -363,10 +406,11 @@ def _compare(field: Field, cache: Cache, place: Place, sample: tuple[str, str], 
     cached = field.values(rows, place.view)[0]
     if field.kind == "top_logits":
         now = _of_classes(field.classes(rows, place.view)[0], now)
-    if field.kind == "ragged":
+    if field.spec.is_ragged:
         length = int(field.lengths(rows)[0])
         if length != len(now):
-            return _not_comparable(field, place, sample, f"it has {length} tokens in the cache, {len(now)} now")
+            what = "frames" if field.space == "audio" else "tokens"
+            return _not_comparable(field, place, sample, f"it has {length} {what} in the cache, {len(now)} now")
         cached = cached[:length]
     receipt = field.receipts[place.row // cache.rows_per_block, place.view]
     storage_error = receipt.error["max_abs"] if receipt.error else 0.0

@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 
 from emkum.errors import TooManyBadSamples
-from emkum.shards.layout import Space, receipt_path
+from emkum.shards.layout import SPACES, Space, receipt_path
 from emkum.shards.ledger import Receipt, read_receipt, receipt_names
 from emkum.stage1_extract.plan import Plan, Task
 from emkum.stage1_extract.writing import Finished
 
 LOOK_SECONDS = 5.0  # between two looks at what other processes have left out
-WORDS: dict[Space, str] = {"image": "pictures", "text": "captions"}
+WORDS: dict[Space, str] = {"image": "pictures", "text": "captions", "audio": "sounds"}
 
 
 class Quarantine:
-    """What no field of a run, or not every field, can hold: by this process and by others, pictures and captions apart.
+    """What no field of a run, or not every field, can hold: by this process and by others, each space apart.
 
     A row counts once, however many of its fields and views lack it.
     """
@@ -23,8 +23,7 @@ class Quarantine:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         held = {field.spec.space for field in plan.fields.values()}
-        spaces: tuple[Space, ...] = ("image", "text")
-        self.spaces = tuple(space for space in spaces if space in held)
+        self.spaces = tuple(space for space in SPACES if space in held)
         self._totals = {space: sum(s.span(space).rows for s in plan.segments) for space in self.spaces}
         self._segments = {segment.number for segment in plan.segments}
         self._reasons: dict[Space, dict[int, str]] = {space: {} for space in self.spaces}
@@ -85,7 +84,7 @@ class Quarantine:
         self.check()
 
     def check(self) -> None:
-        """Raises TooManyBadSamples if more than max_bad of all pictures, or of all captions, are left out."""
+        """Raises TooManyBadSamples if more than max_bad of all pictures, captions or sounds are left out."""
         for space in self.spaces:
             count, total, max_bad = self.count(space), self._totals[space], self._plan.config.max_bad
             if count > max_bad * total:

@@ -37,9 +37,13 @@ class ScanMemory:
 
     def unchanged(self, path: str) -> bool:
         entry = self._entries.get(os.path.abspath(path))
-        if not isinstance(entry, list) or len(entry) != 4:
+        if not isinstance(entry, list) or len(entry) != 5:  # 4: of a scan that did not look for sounds
             return False
         return entry[:3] == _stat(path) and (os.path.basename(path), entry[3]) in self._known
+
+    def num_sounds(self, path: str) -> int:
+        """Of a tar that is unchanged."""
+        return int(self._entries[os.path.abspath(path)][4])
 
     def scan(self, paths: Sequence[str]) -> list[SourceTar]:
         """Scans tars, noting their times from before they were read."""
@@ -51,7 +55,8 @@ class ScanMemory:
         """Keeps what `scan` found, once its segment is committed."""
         for tar in tars:
             path = os.path.abspath(tar.path)
-            self._entries[path] = [*self._before[path], tar.sha256]
+            num_sounds = sum(sample.sound is not None for sample in tar.samples)
+            self._entries[path] = [*self._before[path], tar.sha256, num_sounds]
         if tars:
             self._store.write(SCANS, pretty_json(with_digest({"scans": self._entries})))
 

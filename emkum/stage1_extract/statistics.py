@@ -20,7 +20,9 @@ from emkum.shards.reader import read_statistic
 from emkum.shards.segments import Segment, read_captions
 from emkum.stage1_extract.pictures import PictureStream, picture_source
 from emkum.stage1_extract.plan import Plan, Task
+from emkum.stage1_extract.quarantine import WORDS
 from emkum.stage1_extract.scans import ScanMemory
+from emkum.stage1_extract.sounds import SoundStream, ears_of, waves
 
 STATISTICS_ROWS = 512  # samples that mean and std are taken from, evenly spread over one segment
 OUTLIER = 1000.0  # times the median sample's largest |x|: what is above would take all levels from the others
@@ -47,7 +49,7 @@ def with_train_segments(plan: Plan, memory: ScanMemory, say: Callable[[str], Non
             first.append(segment)
             paths |= found
         elif plan.config.split != SPLIT:
-            what = "pictures" if space == "image" else "captions"
+            what = WORDS[space]
             say(f"int8 statistics of {what} come from split {plan.config.split}: no segment of {SPLIT} is at hand")
     if not first:
         return plan
@@ -63,6 +65,7 @@ def measure(plan: Plan, names: Sequence[str], threads: int) -> Statistics:
     moments = {name: _Moments(name, plan.config.on_nonfinite == "stop") for name in names}
     _measure_pictures(plan, moments, threads)
     _measure_captions(plan, moments)
+    _measure_sounds(plan, moments, threads)
     return {name: found.mean_std() for name, found in moments.items()}
 
 
@@ -74,7 +77,7 @@ def on_devices(plan: Plan) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The recorded mean and std of int8 fields, on the device that computes them."""
     found = {}
     for name, field in plan.fields.items():
-        frozen = plan.image_pass if field.spec.space == "image" else plan.text_pass
+        frozen = {"image": plan.image_pass, "text": plan.text_pass, "audio": plan.audio_pass}[field.spec.space]
         record = plan.writer.field_record(name)
         if field.spec.storage == "int8" and frozen is not None and record is not None:
             mean, std = (np.array(read_statistic(plan.store, record, which)) for which in ("mean", "std"))
@@ -92,7 +95,7 @@ def _train_segment(plan: Plan, space: Space, memory: ScanMemory) -> tuple[Segmen
             continue
         if space == "text":  # captions lie in the cache
             return segment, {}
-        if plan.crops is not None:
+        if plan.crops is not None and space == "image":
             if _has_pictures(plan, segment):
                 return segment, {}
             continue
@@ -116,6 +119,12 @@ def _has_pictures(plan: Plan, segment: Segment) -> bool:
     return all((block, 0) in plan.crops.receipts for block in segment.image.blocks(plan.writer.rows_per_block))
 
 
+def _is_at_hand(plan: Plan, segment: Segment, space: Space) -> bool:
+    if space == "audio":
+        return all(source.tar in plan.paths for source in segment.sources)
+    return _has_pictures(plan, segment)
+
+
 def _number(segment: Segment) -> int:
     return segment.number
 
@@ -125,7 +134,7 @@ def _sampled(plan: Plan, names: Sequence[str], space: Space) -> list[Task]:
     here = tuple(name for name in names if plan.fields[name].spec.space == space)
     if not here:
         return []
-    segment = next(s for s in plan.segments if s.span(space).rows and (space == "text" or _has_pictures(plan, s)))
+    segment = next(s for s in plan.segments if s.span(space).rows and (space == "text" or _is_at_hand(plan, s, space)))
     span = segment.span(space)
     pieces = max(1, min(STATISTICS_ROWS, span.rows) // 16)
     starts = np.linspace(0, max(span.rows - 16, 0), pieces).astype(int)
@@ -168,6 +177,32 @@ def _measure_captions(plan: Plan, moments: dict[str, _Moments]) -> None:
         mask = torch.from_numpy(np.arange(ids.shape[1]) < length[:, None])
         names = [f"{tar}/{key}" for tar, key in zip(rows["tar"].to_pylist(), rows["key"].to_pylist(), strict=True)]
         _add_moments(plan, plan.text_pass, plan.text_pass.texts(torch.from_numpy(ids), mask), moments, names, mask)
+
+
+def _measure_sounds(plan: Plan, moments: dict[str, _Moments], threads: int) -> None:
+    tasks = _sampled(plan, list(moments), "audio")
+    if not tasks:
+        return
+    assert plan.audio_pass is not None
+    stream = SoundStream(plan.store, tasks, ears_of(plan), plan.config.batch_size, threads)
+    try:
+        for batch in stream:
+            good = [row for row in batch.rows if row.sound is not None]
+            if not good:
+                continue
+            waves_NS, num_samples = waves([row.sound for row in good if row.sound is not None])
+            names = [row.clip.name for row in good]
+            for want, values in zip(
+                plan.audio_pass.wanted, plan.audio_pass.sounds(torch.from_numpy(waves_NS), num_samples), strict=True
+            ):
+                length = torch.from_numpy(plan.audio_pass.lengths(want, num_samples))
+                mask = None if values.ndim == 2 else torch.arange(values.shape[1]) < length[:, None]
+                mask = mask if mask is None else mask.to(values.device)
+                for name, found in moments.items():
+                    if plan.fields[name].wanted == want:
+                        found.add(values, names, mask)
+    finally:
+        stream.close()
 
 
 def _add_moments(

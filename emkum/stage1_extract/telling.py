@@ -22,7 +22,7 @@ Watch = Callable[[int], None]
 
 @dataclass(frozen=True)
 class ExtractResult:
-    """What one run did. Rows count pictures (each view) and captions.
+    """What one run did. Rows count pictures (each view), captions and sounds.
 
     seconds: all of it. loop_seconds: decoding, forward and writing, without scans and the loading of networks.
     """
@@ -48,14 +48,17 @@ def contents_line(plan: Plan) -> str:
     tars = sum(len(s.sources) for s in plan.segments)
     notes = []
     if plan.filtered:
-        notes.append(f"{plan.filtered} samples with neither picture nor caption left out")
+        notes.append(f"{plan.filtered} samples with neither picture, caption nor sound left out")
     if plan.duplicate_keys:
         notes.append(f"{plan.duplicate_keys} keys appear in several tars (identity is tar and key)")
     both = {f.wanted.network for f in plan.fields.values() if f.wanted and f.wanted.what == "tokens"}
     both &= {f.wanted.network for f in plan.fields.values() if f.wanted and f.wanted.what != "tokens"}
     notes += [f"{name} is encoder and teacher: one pass" for name in sorted(both)]
     notes += [f"pictures come from {plan.crops.name}, no tar is read"] if plan.crops is not None else []
-    text = f"split {plan.config.split}: {pictures:,} pictures and {captions:,} captions in {tars} tars"
+    sounds = sum(s.audio.rows for s in plan.segments)
+    what = f"{pictures:,} pictures and {captions:,} captions"
+    what = f"{pictures:,} pictures, {captions:,} captions and {sounds:,} sounds" if sounds else what
+    text = f"split {plan.config.split}: {what} in {tars} tars"
     return "; ".join([text, *notes])
 
 
@@ -66,7 +69,7 @@ def bill(plan: Plan) -> list[str]:
         rows = sum(task.rows for task in plan.tasks if name in task.fields)
         if rows:
             size = plan.field_bytes(name)
-            bound = "at most " if field.spec.kind == "ragged" else ""
+            bound = "at most " if field.spec.is_ragged else ""
             lines.append(f"  {name}: {rows:,} rows, {bound}{readable_bytes(size)} as {field.spec.storage}")
     lines += [f"  {line}" for line in sharing_lines(plan)]
     alone = plan.config.workers is None and plan.config.scheduler is None
@@ -115,7 +118,7 @@ def _expected_seconds(plan: Plan) -> float | None:
             plan.text_pass.texts(ids, torch.ones(batch, 16, dtype=torch.bool))[0].cpu()
             seconds += (time.perf_counter() - started) * rows / batch
             known = True
-    return seconds if known else None
+    return seconds if known and plan.audio_pass is None else None  # how long sounds last is not known
 
 
 # --- meanwhile -------------------------------------------------------------------------------------------
@@ -202,7 +205,7 @@ def closing_lines(plan: Plan, bad: Quarantine, result: ExtractResult) -> list[st
         f"committed {result.blocks} blocks of rows, {readable_bytes(result.bytes)}, {result.rows:,} rows "
         f"in {duration(result.seconds)} ({rate:,.0f} rows/s)",
     ]
-    if plan.config.split == "train":
+    if plan.config.split == "train" and set(bad.spaces) != {"audio"}:  # no recipe trains on sounds
         lines.append(f"next: emkum train --cache {plan.config.cache}")
     return lines
 
@@ -212,8 +215,9 @@ def _conservation(plan: Plan, bad: Quarantine, space: Space) -> list[str]:
     count, total = bad.count(space), bad.total(space)
     if space == "text" and not count:
         return []
-    filtered = plan.filtered if space == "image" else 0
-    left_out = f" + {filtered} filtered" if space == "image" else ""
+    is_first = space == "image" or (space == "audio" and "image" not in bad.spaces)
+    filtered = plan.filtered if is_first else 0
+    left_out = f" + {filtered} filtered" if is_first else ""
     named = bad.first(space)
     more = count - len(named)
     return [

@@ -48,6 +48,7 @@ from emkum.stage1_extract.extract import extract, planned
 from emkum.stage1_extract.pictures import picture_table
 from emkum.stage1_extract.plan import ExtractConfig, Plan, Task, survey
 from emkum.stage1_extract.quarantine import Quarantine
+from emkum.stage1_extract.sounds import sound_table
 from emkum.stage1_extract.telling import ExtractResult, Say, beside_bars, closing_lines
 
 Client = Any  # Dask's classes say little to a type checker
@@ -121,7 +122,7 @@ def _plan(config: ExtractConfig, say: Say, held: contextlib.ExitStack) -> Plan:
 
 def _without_networks(plan: Plan) -> Plan:
     """The plan of a process that computes nothing itself."""
-    return replace(plan, image_pass=None, text_pass=None, crops=None)
+    return replace(plan, image_pass=None, text_pass=None, audio_pass=None, crops=None)
 
 
 def _plan_apart(config: ExtractConfig, say: Say, held: contextlib.ExitStack) -> Plan:
@@ -532,6 +533,8 @@ def _tars(plan: Plan, task: Task) -> str:
     """Names of the tars that the block's rows come from."""
     if plan.fields[task.fields[0]].spec.space == "image":
         table, first = picture_table(plan.store, task.segment), task.segment.image.first_row
+    elif plan.fields[task.fields[0]].spec.space == "audio":
+        table, first = sound_table(plan.store, task.segment), task.segment.audio.first_row
     else:
         table, first = read_captions(plan.store, task.segment), task.segment.text.first_row
     return ", ".join(dict.fromkeys(table["tar"].slice(task.first_row - first, task.rows).to_pylist()))

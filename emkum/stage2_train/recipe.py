@@ -733,6 +733,11 @@ def choose_recipe(cache: Cache, overrides: Sequence[str] = ()) -> tuple[str, str
         return "text-kd", "the cache has token ids and a text teacher's layers"
     if pairs:
         return "itc-only", "the cache has picture-caption pairs and no teacher targets"
+    if names and all(re.fullmatch(r"teacher/[^/]+/audio/.+", name) for name in names):
+        raise UsageError(
+            f"{cache.path} holds targets of sounds only: {_listed(names)}",
+            "no recipe trains on sounds yet; read them with emkum.shards.reader.Cache, or as plain Zarr",
+        )
     raise UsageError(
         f"no shipped recipe fits the fields of {cache.path}: {_listed(names)}",
         "docs/training.md lists what each recipe reads; emkum cache info shows what a cache holds",

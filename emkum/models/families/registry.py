@@ -12,6 +12,7 @@ from torch import nn
 
 from emkum.errors import UnsupportedNetwork
 from emkum.models import families
+from emkum.models.audio import AudioBackbone
 from emkum.models.backbone import Backbone, BackboneSpec, Modality
 from emkum.models.families.checkpoint import Architecture, Checkpoint, Shapes, read_tensors
 from emkum.models.families.family import CatalogueEntry, Family
@@ -94,14 +95,14 @@ def family_named(name: str, modality: Modality) -> Family | None:
     return next((f for f in FAMILIES if (f.name, f.modality) == (name, modality)), None)
 
 
-def read_backbone(family: Family, checkpoint: Checkpoint) -> Backbone | ResNet:
+def read_backbone(family: Family, checkpoint: Checkpoint) -> Backbone | ResNet | AudioBackbone:
     """The checkpoint's network in float32, frozen and in evaluation mode. Raises UnsupportedNetwork."""
     checkpoint = checkpoint.renamed(family.rename)
     key_map = family.key_map(checkpoint)
     backbone = empty_backbone(key_map.spec)
     state = read_tensors(checkpoint, key_map, backbone.state_dict())
     backbone.load_state_dict(state, strict=True, assign=True)
-    found: Backbone | ResNet = frozen(backbone)
+    found: Backbone | ResNet | AudioBackbone = frozen(backbone)
     return found
 
 
