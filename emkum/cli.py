@@ -266,50 +266,49 @@ def extract(
     from emkum.stage1_extract.extract import extract as run_extract
     from emkum.stage1_extract.plan import DEFAULT_DATA, ExtractConfig
 
+    config = ExtractConfig(
+        teacher=tuple(teacher),
+        data=tuple(data or DEFAULT_DATA),
+        cache=_place(cache),
+        split=split,
+        encoder=encoder,
+        cut=_cut(cut),
+        store_inputs=store_inputs,  # type: ignore[arg-type]  # checked by ExtractConfig
+        from_crops=from_crops,
+        text_encoder=text_encoder,
+        targets=tuple(t.strip() for t in targets.split(",") if t.strip()) if targets else (),
+        layers=layers,
+        logits_top=logits_top,
+        name=name,
+        size=size,
+        crop=_crop(crop),
+        flip=flip,
+        jitter=jitter,
+        seed=seed,
+        views=views,
+        storage=storage,
+        compute=compute,
+        max_tokens=max_tokens,
+        max_seconds=max_seconds,
+        batch_size=batch_size,
+        threads=threads,
+        rows_per_block=rows_per_block,
+        max_bad=max_bad,
+        on_nonfinite=on_nonfinite,  # type: ignore[arg-type]  # checked by ExtractConfig
+        on_truncated=on_truncated,  # type: ignore[arg-type]
+        allow_missing_eof=allow_missing_eof,
+        join=join,
+        workers=workers,
+        scheduler=scheduler,
+        device=device,
+        label_free=label_free,
+        text_free=text_free,
+        allow_teacher=tuple(allow_teacher or ()),
+    )
+    config.guard.check_exceptions((*teacher, encoder or "", text_encoder or ""))
     if allow_teacher:
         _say(f"taken by name whatever they learned from, on record: {', '.join(allow_teacher)}")
-    run_extract(
-        ExtractConfig(
-            teacher=tuple(teacher),
-            data=tuple(data or DEFAULT_DATA),
-            cache=_place(cache),
-            split=split,
-            encoder=encoder,
-            cut=_cut(cut),
-            store_inputs=store_inputs,  # type: ignore[arg-type]  # checked by ExtractConfig
-            from_crops=from_crops,
-            text_encoder=text_encoder,
-            targets=tuple(t.strip() for t in targets.split(",") if t.strip()) if targets else (),
-            layers=layers,
-            logits_top=logits_top,
-            name=name,
-            size=size,
-            crop=_crop(crop),
-            flip=flip,
-            jitter=jitter,
-            seed=seed,
-            views=views,
-            storage=storage,
-            compute=compute,
-            max_tokens=max_tokens,
-            max_seconds=max_seconds,
-            batch_size=batch_size,
-            threads=threads,
-            rows_per_block=rows_per_block,
-            max_bad=max_bad,
-            on_nonfinite=on_nonfinite,  # type: ignore[arg-type]  # checked by ExtractConfig
-            on_truncated=on_truncated,  # type: ignore[arg-type]
-            allow_missing_eof=allow_missing_eof,
-            join=join,
-            workers=workers,
-            scheduler=scheduler,
-            device=device,
-            label_free=label_free,
-            text_free=text_free,
-            allow_teacher=tuple(allow_teacher or ()),
-        ),
-        say=_say,
-    )
+    run_extract(config, say=_say)
 
 
 @app.command()
@@ -606,10 +605,10 @@ def teachers_convert(
 
         emkum teachers convert beitv2_base_patch16_224_pt1k.pth --out ./beit2
     """
-    from emkum.models.convert import convert, summary
+    from emkum.models.convert import convert, summary, told
 
     made = convert(file, out, family, tokenizer, name)
-    print(json.dumps(made.provenance, indent=1) if as_json else summary(made))
+    print(json.dumps(told(made), indent=1) if as_json else summary(made))
 
 
 @cache_app.command("info")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,15 @@ import torch
 import transformers
 from test_extract import quiet, word_tokenizer
 from test_models_families import randomised
-from test_models_whole import convnext_classifier, distilbert, saved
+from test_models_whole import CONVNEXT, convnext_classifier, distilbert, saved
 from test_models_whole_user import TEACHERS
 from test_workers import Command
+from tokenizers import Tokenizer, normalizers
 
 from emkum import errors
 from emkum.models.catalogue import load_network
 from emkum.models.network import normalise
+from emkum.models.tokenizer import pad_id
 from emkum.models.whole import WholeNetwork
 from emkum.shards.reader import Cache
 from emkum.stage1_extract import live_check, workers
@@ -133,8 +136,47 @@ def test_a_text_teacher_in_one_piece_beside_a_text_encoder_of_its_tokenizer(
     assert "teacher/distil/text/layers" in cache.fields
     assert "text/text/ids" in cache.fields
     other = saved(randomised(distilbert()), tmp_path / "other")
-    with pytest.raises(errors.UsageError, match="teacher other and text encoder text have different tokenizers"):
+    said = "teacher other and text encoder text have different tokenizers: they differ in .*model"
+    with pytest.raises(errors.UsageError, match=said):
         quiet(replace(config, teacher=(str(other),), encoder="none", cache=tmp_path / "cache2"))
+
+
+def test_a_tokenizer_that_differs_in_padding_alone_serves_and_agrees_with_a_sample(
+    config: ExtractConfig, tmp_path: Path
+) -> None:
+    folder = text_teacher(tmp_path)
+    padded = Tokenizer.from_str(word_tokenizer().decode())
+    padded.enable_padding(pad_id=pad_id(word_tokenizer()), length=8)
+    padded.enable_truncation(5)
+    Path(folder, "tokenizer.json").write_text(padded.to_str())
+    quiet(replace(config, teacher=(folder,), encoder="none", targets=("mean",)))
+    cache = Cache.open(config.cache)
+    digest = hashlib.sha256(word_tokenizer()).hexdigest()  # of the text encoder, as for every other teacher
+    for name in ("text/text/ids", "teacher/distil/text/mean"):
+        assert cache.fields[name].fingerprint["tokenizer"] == digest
+    chosen = live_check.SampleConfig(teacher=(folder,), rows=8)
+    report = live_check.check_sample(config.cache, chosen, [load_network(folder)])
+    assert report.fields
+    assert not [sample for sample in report.fields if sample.wrong]
+    padded.normalizer = normalizers.Lowercase()
+    Path(folder, "tokenizer.json").write_text(padded.to_str())
+    with pytest.raises(errors.FingerprintMismatch, match="tokenizer with sha256"):
+        live_check.check_sample(config.cache, chosen, [load_network(folder)])
+
+
+@pytest.mark.parametrize(
+    ("target", "why"), [("layers", "its stages have different sizes"), ("logits", "it has no classifier")]
+)
+def test_the_refusal_of_a_target_says_why_there_is_none(
+    config: ExtractConfig, tmp_path: Path, target: str, why: str
+) -> None:
+    model = transformers.ConvNextModel(transformers.ConvNextConfig(**CONVNEXT))
+    folder = str(saved(randomised(model), tmp_path / "convnext"))
+    chosen = replace(config, teacher=(folder,), encoder="none", text_encoder="none", size=32, targets=(target,))
+    said = f"target {target} of convnext .transformers/ConvNextModel.: {why}"
+    with pytest.raises(errors.UnsupportedNetwork, match=said) as caught:
+        quiet(chosen)
+    assert caught.value.way_out == "it has cls, patches, mean"
 
 
 def test_without_a_text_encoder_the_cache_keeps_the_teacher_that_cuts_the_texts(

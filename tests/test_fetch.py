@@ -321,12 +321,21 @@ def test_a_url_is_a_teacher_and_its_digest_pins_it(served: Served, beit2_file: b
     pinned = f"{served.url}#sha256={digest(beit2_file)}"  # http:// can be named again with its digest alone
     assert (network.name, network.family, network.source) == ("weights", "beit2", pinned)
     assert network.revision == digest(beit2_file)
-    assert network.supervision == "none+clip_tokenizer"
+    assert network.supervision == "clip_tokenizer+unknown"
     (folder,) = kept.iterdir()
     assert folder.name == f"127.0.0.1_{served.url.split(':')[2].split('/')[0]}"
     assert load_network(f"{served.url}#sha256={digest(beit2_file)}", offline=True) is not None
     with pytest.raises(WeightsChanged):
         load_network(f"{served.url}#sha256={'0' * 64}")
+
+
+def test_a_url_elsewhere_that_ends_in_the_name_of_a_release_is_unknown(
+    served: Served, beit2_file: bytes, kept: Path, small_releases: None
+) -> None:
+    served.content = beit2_file
+    url = f"{served.url.rpartition('/')[0]}/beitv2_base_patch16_224_pt1k.pth#sha256={digest(beit2_file)}"
+    assert load_network(url).supervision == "clip_tokenizer+unknown"
+    assert load_network(url).licence == "unknown"
 
 
 def test_the_catalogues_digest_is_held_to(served: Served, beit2_file: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

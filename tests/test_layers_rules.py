@@ -27,6 +27,7 @@ from emkum.shards.reader import Cache
 from emkum.shards.repair import repair
 from emkum.shards.store import LocalStore
 from emkum.shards.verify import verify
+from emkum.stage1_extract import plan
 from emkum.stage1_extract.live_check import SampleConfig, check_sample, load_teachers, require_agreement
 from emkum.stage1_extract.plan import ExtractConfig
 
@@ -180,12 +181,15 @@ def test_what_a_network_cannot_give_is_refused(
     [
         ("dinov2", "image", {}, named_rule("thesis", "image")),
         ("bert", "text", {}, named_rule("thesis", "text")),
-        ("data2vec-vision", "image", {}, named_rule("data2vec", "image")),
-        ("data2vec-text", "text", {}, named_rule("data2vec", "text")),
+        ("data2vec-vision", "image", {"depth": 12}, named_rule("data2vec", "image")),
+        ("data2vec-text", "text", {"depth": 12}, named_rule("data2vec", "text")),
         ("nobody-knows", "image", {}, named_rule("thesis", "image")),
         ("data2vec2-image", "image", {"depth": 12, "prenet": 2}, named_rule("data2vec2", "image", prenet=2)),
         ("data2vec2-image", "image", {"depth": 24}, replace(named_rule("data2vec2", "image"), last=18)),
         ("data2vec2-image", "image", {"depth": 32}, replace(named_rule("data2vec2", "image"), last=24)),
+        ("data2vec2-image-ema", "image", {"depth": 24}, replace(named_rule("data2vec2", "image"), last=18)),
+        ("data2vec2-image-ema", "image", {"depth": 32}, replace(named_rule("data2vec2", "image"), last=24)),
+        ("dinov2", "image", {"depth": 24}, named_rule("thesis", "image")),
     ],
 )
 def test_a_network_follows_the_rule_it_was_trained_with(
@@ -194,6 +198,22 @@ def test_a_network_follows_the_rule_it_was_trained_with(
     network = replace(tiny_network("n", modality, **changes), family=family)
     assert default_rule(network) == rule
     assert rule_of(network, "site=ffn,last=2") == replace(named_rule("thesis", modality), site="ffn", last=2)
+
+
+@pytest.mark.parametrize("text", ["last=4", "last=40", "skip=1,last=3", "skip=1,last=9"])
+def test_the_last_so_many_blocks_that_are_all_are_all(text: str) -> None:
+    skip = 1 if "skip" in text else 0
+    assert rule_of(tiny_network("n", "image"), text) == replace(named_rule("thesis", "image"), skip=skip)
+    assert rule_of(tiny_network("n", "image"), "last=3").last == 3
+
+
+def test_a_convnets_logits_are_of_a_float32_classifier_whatever_the_rest_computes_in(networks: Path) -> None:
+    classes = load_saved(networks / "classes")
+    wanted = [Wanted("classes", "logits"), Wanted("classes", "cls")]
+    logits, pooled = FrozenPass([classes], wanted, "bfloat16", "cpu").pictures(crops())
+    head = classes.backbone.head
+    assert torch.equal(logits, torch.nn.functional.linear(pooled, head.weight, head.bias))
+    assert not torch.equal(logits, logits.bfloat16().float())
 
 
 # --- the cache -----------------------------------------------------------------------------------------------
@@ -216,7 +236,7 @@ def crops_of(cache: Cache, config: ExtractConfig) -> torch.Tensor:
     [
         (None, named_rule("thesis", "image")),
         ("thesis", named_rule("thesis", "image")),
-        ("data2vec", named_rule("data2vec", "image")),
+        ("data2vec", LayersRule("block", None, 0, "layer", True, "drop")),  # the last 6 of 4 blocks are all
         ("data2vec2", named_rule("data2vec2", "image")),
         ("site=ffn,last=2,norm=layer,final=no,prefix=drop", LayersRule("ffn", 2, 0, "layer", False, "drop")),
     ],
@@ -240,7 +260,7 @@ def test_a_field_of_layers_is_what_its_rule_says_and_says_which(
 def test_the_thesis_by_its_name_or_by_keys_goes_on_with_a_cache_made_without_a_rule(config: ExtractConfig) -> None:
     quiet(config)
     before = objects(config.cache)
-    for flag in ("thesis", "site=block,last=all,skip=0,norm=instance,final=yes,prefix=keep"):
+    for flag in ("thesis", "last=4", "site=block,last=all,skip=0,norm=instance,final=yes,prefix=keep"):
         assert quiet(replace(config, layers=flag))[-1].startswith("nothing to do: ")
     assert objects(config.cache) == before
 
@@ -251,9 +271,9 @@ def test_another_rule_for_the_same_field_is_refused_with_both_and_goes_beside_it
     quiet(replace(config, layers="data2vec"))
     with pytest.raises(errors.FingerprintMismatch) as caught:
         quiet(replace(config, layers="site=block,last=6,norm=layer,prefix=drop,final=no"))
-    assert "output mean over the last 6 blocks of layer-normalised outputs, layer norm, CLS and" in caught.value.what
+    assert "output mean over all blocks of layer-normalised outputs, layer norm, CLS and" in caught.value.what
     assert (
-        "rule of layers {final_layer_norm True, last 6, norm layer, prefix drop, site block, skip 0} in the cache, "
+        "rule of layers {final_layer_norm True, last None, norm layer, prefix drop, site block, skip 0} in the cache, "
         in (caught.value.what)
     )
     assert "{final_layer_norm False, " in caught.value.what
@@ -262,6 +282,35 @@ def test_another_rule_for_the_same_field_is_refused_with_both_and_goes_beside_it
     cache = Cache.open(config.cache)
     assert cache.field("teacher/vit-thesis/image/layers").row_shape == (6, 16)
     assert cache.field(LAYERS).row_shape == (4, 16)
+
+
+@pytest.mark.parametrize(
+    ("flag", "way_back"),
+    [(None, "thesis"), ("last=2,prefix=drop", "site=block,last=2,skip=0,norm=instance,final=yes,prefix=drop")],
+)
+def test_the_refusal_of_another_rule_names_the_flag_that_goes_on(
+    config: ExtractConfig, flag: str | None, way_back: str
+) -> None:
+    quiet(replace(config, layers=flag))
+    with pytest.raises(errors.FingerprintMismatch) as caught:
+        quiet(replace(config, layers="data2vec2"))
+    assert f"--layers {way_back}; or give the teacher another name with --name" in caught.value.way_out
+    assert quiet(replace(config, layers=way_back))[-1].startswith("nothing to do: ")
+    with pytest.raises(errors.FingerprintMismatch) as caught:  # not the rule alone
+        quiet(replace(config, layers="data2vec2", storage="float16", encoder="none"))
+    assert caught.value.way_out.startswith("repeat the settings of the cache")
+
+
+def test_a_default_target_that_is_new_beside_others_is_said(config: ExtractConfig) -> None:
+    quiet(replace(config, targets=("cls", "layers")))
+    said = "\n".join(quiet(replace(config, targets=())))
+    assert (
+        "new field teacher/vit/image/patches beside cls, layers: the default targets of vit are now cls, patches; "
+        "--targets cls,layers goes on with what is there" in said
+    )
+    assert "new field" not in "\n".join(quiet(replace(config, targets=("mean",))))  # which was named
+    assert "new field" not in "\n".join(quiet(replace(config, targets=(), views=2)))  # they are there
+    assert "new field" not in "\n".join(quiet(replace(config, targets=(), name="beside")))
 
 
 def test_a_text_teachers_layers_follow_the_rule_and_its_mean_is_pooled(config: ExtractConfig, networks: Path) -> None:
@@ -378,8 +427,27 @@ def test_one_logit_alone_and_another_number_of_them(top: ExtractConfig) -> None:
     quiet(replace(top, logits_top=1))
     field = Cache.open(top.cache).field(TOP)
     assert field.classes(field.rows("train")).shape == (20, 1)
-    with pytest.raises(errors.FingerprintMismatch, match=r"row_shape \[2\] in the cache, \[4\] asked for"):
+    with pytest.raises(errors.FingerprintMismatch, match=r"row_shape \[2\] in the cache, \[4\] asked for") as caught:
         quiet(top)
+    assert "--logits-top 1; or give the teacher another name with --name" in caught.value.way_out
+
+
+def test_logits_that_were_rounded_are_not_mixed_with_exact_ones(
+    top: ExtractConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = replace(top, compute="bfloat16", logits_top=None, targets=("cls", "logits"))
+    with monkeypatch.context() as before:
+        before.setattr(plan, "_EXACT", "")
+        quiet(narrow)
+    with pytest.raises(errors.FingerprintMismatch, match="classifier logits in the cache, classifier logits, float32"):
+        quiet(narrow)
+    quiet(replace(narrow, targets=("cls",)))  # which is as it was
+    with pytest.raises(errors.FingerprintMismatch) as caught:
+        quiet(narrow)
+    assert caught.value.way_out.startswith("they were rounded to bfloat16 by emkum 0.2 and are not any more: give the")
+    quiet(replace(top, name="exact", logits_top=None))
+    fingerprint = Cache.open(top.cache).field("teacher/exact/image/logits").fingerprint
+    assert (fingerprint["compute"], fingerprint["output"]) == ("float32", "classifier logits")
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,7 @@ def test_a_file_fine_tuned_with_transcripts_is_refused_by_its_tensors_whatever_i
         Guard(label_free=True).check([str(path)])
 
 
-def test_an_original_file_is_shown_and_converted(tmp_path: Path) -> None:
+def test_an_original_file_is_shown_and_converted(tmp_path: Path, small_releases: None) -> None:
     path = tmp_path / "base_libri.pt"
     torch.save({"model": original(prenet=1) | {f"{PREFIX}.decoder.proj.weight": torch.zeros(2, 2)}}, path)
     known = show(str(path))

@@ -85,6 +85,12 @@ def write(path: Path, state: dict[str, Tensor]) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment of the tests says, nothing real is asked anyway."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
 @pytest.fixture
 def original(tmp_path: Path) -> Path:
     return write(tmp_path / "release/beitv2_base_patch16_224_pt1k.pth", original_state(hf_model()))

@@ -286,11 +286,34 @@ def test_a_file_fine_tuned_with_labels_is_refused(sign: str, tmp_path: Path) -> 
         assert caught.value.way_out == "use the file of the pre-training, such as beit3 in the catalogue"
 
 
+@pytest.mark.parametrize("tower", ["", "#text", "#pair"])
+@pytest.mark.parametrize("width", [96, 1408])
+def test_a_width_whose_heads_are_not_known_is_refused(width: int, tower: str, tmp_path: Path) -> None:
+    """The giant of the paper is 1408 wide, with 16 heads of 88 channels."""
+    state = {}
+    for name, tensor in original_state().items():
+        wide = tensor.repeat_interleave(11, 0) if tensor.shape[0] == WIDTH else tensor
+        wide = wide.repeat_interleave(11, -1) if tensor.ndim > 1 and tensor.shape[-1] == WIDTH else wide
+        state[name] = wide[tuple(slice(width) if side == 11 * WIDTH else slice(None) for side in wide.shape)].clone()
+    with pytest.raises(UnsupportedNetwork, match=f"is {width} wide and does not say how many heads") as caught:
+        load_network(f"{write(tmp_path, state)}{tower}")
+    assert caught.value.way_out == "use a released file; docs/teachers.md lists them"
+
+
 @pytest.mark.parametrize("sign", ["language_head.weight", "vision_head.weight", "logit_scale"])
 def test_a_file_tuned_for_retrieval_is_refused(sign: str, tmp_path: Path) -> None:
     path = write(tmp_path, original_state() | {sign: torch.zeros(WIDTH, WIDTH)})
     with pytest.raises(UnsupportedNetwork, match=f"is tuned for retrieval: it has {sign}"):
         load_network(str(path))
+
+
+@pytest.mark.parametrize("tower", ["#text", "#pair"])
+def test_a_tokenizer_of_more_pieces_than_the_network_has_words_is_refused(tower: str, tmp_path: Path) -> None:
+    state = original_state()
+    words = {name: tensor[:28] for name, tensor in state.items() if tensor.shape[0] == WORDS}
+    path = write(tmp_path, state | words)  # a model of 28 pieces, whose ids begin at 1
+    with pytest.raises(UnsupportedNetwork, match="a tokenizer of 29 ids, up to 28; the network knows 28 words"):
+        load_network(f"{path}{tower}")
 
 
 @pytest.mark.parametrize("prefix", ["", "beit3."])
@@ -367,3 +390,8 @@ def test_a_network_of_pairs_is_no_teacher_for_fields_of_pictures_or_texts(tmp_pa
         assert caught.value.what.startswith(source)
         assert f"--teacher {towers} for pictures, --teacher '{towers}#text' for texts" in caught.value.way_out
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_heads_are_said_to_be_inferred(family: Family) -> None:
+    assert family.key_map(of_tensors(original_state(prefix=""), "beit3.pth", {})).inferred == {"heads": HEADS}

@@ -21,7 +21,7 @@ from emkum.models.catalogue import entry_folder, load_network
 from emkum.models.families.registry import CATALOGUE, FAMILIES
 from emkum.models.network import network_name, save_network
 from emkum.models.sources import read_source
-from emkum.models.supervision import LABELS, TEXT
+from emkum.models.supervision import LABELS, TEXT, joined, judge
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -132,6 +132,12 @@ def test_a_catalogue_name_and_its_hub_id_are_the_same_network_under_the_same_nam
     assert {name for _, name, _ in hub} == {"config.json", "model.safetensors"}
 
 
+def test_what_weights_show_and_what_their_name_told_are_joined() -> None:
+    assert joined("none+clip_tokenizer", "unknown") == "clip_tokenizer+unknown"
+    assert joined("class_labels", "unknown") == "class_labels"
+    assert joined("unknown", "paired_text+unknown") == "unknown+paired_text"
+
+
 def test_a_revision_pins_a_catalogue_name_as_it_does_a_hub_id(
     hub: list[tuple[str, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +191,10 @@ def test_a_hub_id_outside_the_catalogue_is_named_after_its_repository(hub: list[
     assert (network.name, network.source, network.revision) == ("my_dino.v2", "Some-One/My_DINO.v2", COMMIT)
     assert (network.licence, network.supervision) == ("unknown", "unknown")
     assert load_network("Some-One/My_DINO.v2", name="Wide Crop").name == "wide-crop"
+
+
+def test_what_the_name_of_a_repository_tells_is_recorded_too(hub: list[tuple[str, str, str]]) -> None:
+    assert load_network("someone/dinov2-ft1k").supervision == "class_labels" == judge("someone/dinov2-ft1k").supervision
 
 
 def test_one_form_of_the_weights_and_of_the_tokenizer_is_fetched() -> None:

@@ -29,16 +29,16 @@ from emkum.models.backbone import BackboneSpec
 from emkum.models.catalogue import load_network
 from emkum.models.convert import convert
 from emkum.models.families import originals
-from emkum.models.families.checkpoint import Checkpoint
-from emkum.models.families.data2vec2 import heads_of
+from emkum.models.families.checkpoint import Checkpoint, of_tensors
+from emkum.models.families.data2vec2 import heads_of, key_map
 from emkum.models.families.fairseq_bpe import tokenizer
 from emkum.models.families.registry import CATALOGUE
 from emkum.models.network import load_saved, normalise, save_network
 from emkum.models.passes import FrozenPass, Wanted
 from emkum.models.preprocessing import IMAGENET_MEAN
-from emkum.models.tokenizer import text_ids
+from emkum.models.tokenizer import count_of_ids, text_ids
 
-WIDTH, HEADS, MLP, PRENET, DEPTH, PATCH, GRID, WORDS = 128, 2, 72, 2, 3, 4, 5, 60
+WIDTH, HEADS, MLP, PRENET, DEPTH, PATCH, GRID, WORDS = 128, 2, 72, 2, 3, 4, 5, 271  # words: as write_bpe lists
 IMAGE, TEXT = "modality_encoders.IMAGE", "modality_encoders.TEXT.local_encoder"
 
 # --- files as fairseq writes them ------------------------------------------------------------------------
@@ -231,6 +231,17 @@ def test_the_huge_network_has_sixteen_heads_of_eighty_channels() -> None:
     assert [heads_of(nothing, width) for width in (768, 1024, 1280)] == [12, 16, 16]
 
 
+@pytest.mark.parametrize("width", [100, 1408, 1536])
+def test_other_heads_are_not_guessed(width: int) -> None:
+    with pytest.raises(UnsupportedNetwork, match=f"is {width} wide and does not say how many heads its attention has"):
+        heads_of(Checkpoint("file.pt", {}, {}, lambda name: torch.zeros(0)), width)
+
+
+def test_the_heads_are_said_to_be_inferred_unless_the_file_tells_them() -> None:
+    for config, inferred in (({}, {"heads": HEADS}), ({"model": {"num_heads": 4}}, {})):
+        assert key_map(of_tensors(originals._flat(image_state()), "file.pt", config)).inferred == inferred
+
+
 def test_all_targets_come_out_of_one_pass_and_layers_are_those_of_the_training(image_file: Path) -> None:
     network = load_network(str(image_file))
     crops = torch.randint(0, 256, (2, 20, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -245,7 +256,7 @@ def test_all_targets_come_out_of_one_pass_and_layers_are_those_of_the_training(i
 
 
 def test_the_moving_average_is_another_network_of_the_same_file(
-    image_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_releases: None
 ) -> None:
     teacher = convert(str(image_file), tmp_path / "teacher", family="data2vec2-image-ema").network
     assert_same(teacher, some_images(), *image_reference(some_images(), image_weights(1)))
@@ -642,6 +653,28 @@ def test_the_tokenizer_is_the_same_bytes_every_time_and_others_for_another_dicti
     assert tokenizer(tmp_path) == made
     write_bpe(tmp_path, ("do",))
     assert tokenizer(tmp_path) != made
+
+
+@pytest.mark.parametrize(("lines", "num_ids"), [("madeupword0001 0\n", WORDS + 1), ("", WORDS - 1)])
+def test_a_dictionary_of_another_length_than_the_table_is_refused(lines: str, num_ids: int, text_file: Path) -> None:
+    listed = text_file.with_name("dict.txt")
+    longer = "madeupword0000 0\n" + lines if lines else ""
+    listed.write_text(listed.read_text().replace("madeupword0000 0\n", longer))
+    with pytest.raises(
+        UnsupportedNetwork, match=f"has a tokenizer of {num_ids} ids, up to {num_ids - 1}; the"
+    ) as caught:
+        load_network(str(text_file))
+    assert caught.value.what.endswith(f"the network knows {WORDS} words")
+
+
+def test_a_dictionary_with_holes_is_counted_by_its_lines(text_file: Path) -> None:
+    write_bpe(text_file.parent, ("do", "x"))
+    listed = text_file.with_name("dict.txt")
+    listed.write_text(listed.read_text() + "madeupword0001 0\nmadeupword0002 0\n")
+    network = load_network(str(text_file))
+    assert network.tokenizer is not None
+    assert b"unknown_from" in network.tokenizer
+    assert count_of_ids(network.tokenizer) == WORDS
 
 
 def test_a_release_without_its_tokenizer_or_with_a_foreign_one_says_so(text_file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,20 @@ import pytest
 import torch
 import transformers
 from parity import GRIDS, assert_pictures_pass, assert_same, assert_saved_whole, ours_on_pictures, pictures, recorded
+from safetensors.torch import save_file
 from test_models_families import _quiet_transformers, randomised, saved  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
 from emkum.errors import UnsupportedNetwork
+from emkum.models.backbone import BackboneSpec
 from emkum.models.catalogue import load_network
+from emkum.models.families.checkpoint import Checkpoint
+from emkum.models.families.dino_originals import dinov2_key_map
 from emkum.models.families.registry import FAMILIES
+from emkum.models.preprocessing import HALF, Preprocessing
 
-WIDTH, DEPTH = 128, 2  # heads are 64 wide, in every size of both
-SHAPE = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 2, "patch_size": 4, "image_size": 20}
+WIDTH, DEPTH = 384, 2  # of a width that was released: no other says how many heads it has
+SHAPE = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 6, "patch_size": 4, "image_size": 20}
 
 
 def dino() -> nn.Module:
@@ -85,6 +91,15 @@ def original_state(folder: Path) -> dict[str, Tensor]:
             if f"{layer}.layer_scale{which}.lambda1" in theirs:
                 state[f"{block}.ls{which}.gamma"] = theirs[f"{layer}.layer_scale{which}.lambda1"]
     return state
+
+
+def timm_folder(folder: Path, state: dict[str, Tensor], tag: str, **cfg: Any) -> Path:
+    """As timm keeps it on the hub: a config.json without model_type."""
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    config = {"architecture": "vit_small_patch16_224", "num_classes": 0, "pretrained_cfg": {"tag": tag} | cfg}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def write(path: Path, content: object) -> str:
@@ -167,3 +182,51 @@ def test_a_linear_classifier_alone_is_refused_for_what_it_is(prefix: str, tmp_pa
     path = write(tmp_path / "dino_vitbase16_linearweights.pth", {"state_dict": state, "epoch": 100})
     with pytest.raises(UnsupportedNetwork, match=f"fine-tuned with labels: it has {prefix}.bias"):
         load_network(path)
+
+
+@pytest.mark.parametrize("name", ["dino", "dinov2"])
+@pytest.mark.parametrize("width", [128, 1280])
+def test_a_width_that_was_not_released_is_refused_for_its_heads(name: str, width: int, tmp_path: Path) -> None:
+    shapes = {n: list(t.shape) for n, t in original_state(saved(MODELS[name](), tmp_path / "hub")).items()}
+    wide = {n: [width * s // WIDTH if s % WIDTH == 0 else s for s in shape] for n, shape in shapes.items()}
+    with pytest.raises(UnsupportedNetwork, match=f"is {width} wide and does not say how many heads") as caught:
+        load_network(write(tmp_path / "wide.pth", {n: torch.ones(shape) for n, shape in wide.items()}))
+    assert "those of widths 384, 768, 1024, 1536 are known" in caught.value.what
+    assert caught.value.way_out == "use a released file, or a folder of transformers, whose config.json says it"
+
+
+@pytest.mark.parametrize(("width", "heads"), [(384, 6), (768, 12), (1024, 16), (1536, 24)])
+def test_the_heads_are_those_of_the_release_and_said_to_be_inferred(width: int, heads: int) -> None:
+    shapes = {
+        "patch_embed.proj.weight": (width, 3, 14, 14),
+        "pos_embed": (1, 10, width),
+        "blocks.0.ls1.gamma": (width,),
+        "blocks.0.mlp.fc2.weight": (width, 4 * width),
+    }
+    key_map = dinov2_key_map(Checkpoint("file", {}, shapes, lambda name: torch.zeros(shapes[name])))
+    assert isinstance(key_map.spec, BackboneSpec)
+    assert key_map.spec.heads == heads
+    assert key_map.inferred == {"heads": heads}
+
+
+def test_a_timm_folder_is_dinos_if_its_name_says_so(tmp_path: Path) -> None:
+    state = original_state(saved(dino(), tmp_path / "hub"))
+    network = load_network(str(timm_folder(tmp_path / "dino", state, "dino")))
+    assert (network.family, network.weights_sha256) == ("vit", load_network(str(tmp_path / "hub")).weights_sha256)
+    for tag in ("augreg_in21k", "dinov2", ""):
+        other = timm_folder(tmp_path / f"other-{tag}", state, tag)
+        with pytest.raises(UnsupportedNetwork, match="its tensors are named as DINO's, but it was trained") as caught:
+            load_network(str(other))
+        name = f"vit_small_patch16_224.{tag}".rstrip(".")
+        assert caught.value.what.startswith(f"{other} is timm's {name}: ")
+        assert caught.value.way_out == f"run it as timm does: --teacher timm:{name} (pip install 'emkum[timm]')"
+
+
+def test_a_timm_folder_says_how_it_wants_its_pictures(tmp_path: Path) -> None:
+    state = original_state(saved(dino(), tmp_path / "hub"))
+    half = [0.5, 0.5, 0.5]
+    cfg = {"input_size": [3, 384, 384], "mean": half, "std": half, "crop_pct": 0.9, "interpolation": "bilinear"}
+    said = load_network(str(timm_folder(tmp_path / "said", state, "dino", **cfg))).preprocessing
+    assert said == Preprocessing(384, HALF, HALF, 0.9, "bilinear")
+    silent = load_network(str(timm_folder(tmp_path / "silent", state, "dino", crop_pct=None))).preprocessing
+    assert silent == load_network(write(tmp_path / "lone.pth", state)).preprocessing

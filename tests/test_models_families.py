@@ -192,6 +192,25 @@ def test_a_text_network_equals_transformers_layer_by_layer_under_a_pad_mask(name
 
 
 @pytest.mark.parametrize("name", TEXTS)
+def test_a_tokenizer_with_ids_that_the_network_has_no_words_for_is_refused(name: str, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    model = randomised(TEXTS[name]())
+    num_words = model.config.vocab_size
+    saved(model, tmp_path)
+    for highest in (num_words - 1, num_words):
+        vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "dog": highest}
+        Tokenizer(models.WordLevel(vocabulary, "[UNK]")).save(str(tmp_path / "tokenizer.json"))
+        if highest < num_words:
+            load_network(str(tmp_path))
+    with pytest.raises(UnsupportedNetwork) as caught:
+        load_network(str(tmp_path))
+    numbers = f"has a tokenizer of {num_words + 1} ids, up to {num_words}; the network knows {num_words} words"
+    assert caught.value.what == f"{tmp_path} {numbers}"
+    assert caught.value.way_out == "put the tokenizer of the network's own release beside the weights"
+
+
+@pytest.mark.parametrize("name", TEXTS)
 def test_more_pads_change_nothing_about_the_real_tokens(name: str, tmp_path: Path) -> None:
     network = load_network(str(saved(randomised(TEXTS[name]()), tmp_path, tokenizer=True)))
     ids = torch.randint(5, 60, (3, 12), generator=torch.Generator().manual_seed(3))

@@ -19,6 +19,7 @@ from emkum.models.catalogue import load_network
 from emkum.models.convert import convert
 from emkum.models.families.registry import CATALOGUE
 from emkum.models.passes import FrozenPass, Wanted
+from emkum.models.preprocessing import Preprocessing
 from emkum.models.supervision import judge
 from tests.parity import GRIDS, PATCH, assert_same, ours_on_pictures, pictures, recorded
 from tests.test_models_beit2 import write
@@ -197,3 +198,26 @@ def test_a_timm_file_alone_is_read_too_and_strictly(tmp_path: Path) -> None:
     save_file(whole | {"attn.weight": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(UnsupportedNetwork, match=r"unknown tensors attn\.weight"):
         load_network(str(folder))
+
+
+@pytest.mark.parametrize("name", ["resnetblur50.bt_in1k", "resnetaa50.a1h_in1k", "seresnet50", "resnet50d.ra2_in1k"])
+def test_a_timm_folder_of_another_resnet_with_the_same_tensors_is_refused(name: str, tmp_path: Path) -> None:
+    folder = timm_folder(resnet("bottleneck"), tmp_path / "timm")
+    architecture, _, tag = name.partition(".")
+    config = {"architecture": architecture, "num_classes": 5, "pretrained_cfg": {"tag": tag}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UnsupportedNetwork, match=rf"is timm's {name}: its tensors are named as a plain ResNet"
+    ) as caught:
+        load_network(str(folder))
+    assert caught.value.way_out == f"run it as timm does: --teacher timm:{name} (pip install 'emkum[timm]')"
+
+
+def test_a_timm_folder_says_how_it_wants_its_pictures(tmp_path: Path) -> None:
+    folder = timm_folder(resnet("bottleneck"), tmp_path / "timm")
+    plain = load_network(str(folder)).preprocessing
+    assert plain == Preprocessing(crop_fraction=0.95)
+    cfg = {"tag": "a1_in1k", "input_size": [3, 288, 288], "mean": [0.5] * 3, "std": [0.25] * 3, "crop_pct": 1.0}
+    (folder / "config.json").write_text(json.dumps({"architecture": "resnet50", "pretrained_cfg": cfg}))
+    found = load_network(str(folder)).preprocessing
+    assert found == Preprocessing(288, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 1.0, "bicubic")

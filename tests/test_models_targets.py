@@ -249,16 +249,33 @@ def test_rules_in_words() -> None:
         ("size=ffn", "'size=ffn' is not known"),
         ("last=some", "'last=some' is not known"),
         ("last=0", "the last 0 blocks"),
-        ("skip=-1", "skip -1"),
+        ("skip=-1", "'skip=-1' is not known"),
         ("final=maybe", "'final=maybe' is not known"),
         ("site=ffn,last", "'last' is not known"),
+        ("last=1_0", "'last=1_0' is not known"),
+        ("last=+2", "'last=+2' is not known"),
+        ("skip=\u0661", "'skip=\u0661' is not known"),
+        ("last=2,skip=1,last=3", "--layers last=2,skip=1,last=3: last stands there twice"),
+        (" ", "--layers without a rule"),
     ],
 )
 def test_a_rule_that_cannot_be_is_refused_with_all_that_can(text: str, words: str) -> None:
     with pytest.raises(UsageError) as caught:
         targets.rule_from_text(text, "image")
     assert words in caught.value.what
-    assert "site=block|ffn, last=N|all, skip=N, norm=instance|layer|none, final=yes|no" in caught.value.way_out
+    keys = "site=block|ffn, last=N|all, skip=N, norm=instance|layer|none, final=yes|no"
+    assert ("give every key once" if "twice" in words else keys) in caught.value.way_out
+
+
+@pytest.mark.parametrize("modality", ["image", "text", "audio"])
+def test_a_rule_as_text_is_read_back_as_the_same_rule(modality: str) -> None:
+    for rule in (*ALL_RULES, *(named_rule(name, modality, 2) for name in targets.RULES)):
+        assert targets.rule_from_text(targets.rule_as_text(rule, modality), modality) == rule
+    assert targets.rule_as_text(named_rule("data2vec", modality), modality) == "data2vec"
+    assert targets.rule_as_text(named_rule("thesis", modality), modality) == "thesis"
+    assert targets.rule_as_text(LayersRule("ffn", None, 2, "layer", True, "drop"), modality) == (
+        "site=ffn,last=all,skip=2,norm=layer,final=yes,prefix=drop"
+    )
 
 
 def test_keys_that_are_left_out_are_those_of_the_thesis() -> None:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from emkum.errors import UnsupportedNetwork, UsageError, WeightsUnavailable
 from emkum.models.sentencepieces import EosPolicy, tokenizer_of
-from emkum.models.tokenizer import pad_id, read_tokenizer, text_ids
+from emkum.models.tokenizer import differing, pad_id, read_tokenizer, text_ids
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "runs", "##ning", "run", "on", "grass"]
 
@@ -48,6 +48,23 @@ def test_a_long_caption_is_cut_before_its_closing_token() -> None:
     assert ids[:, 0].tolist() == [2] * 3
     assert ids[:, -1].tolist() == [3] * 3
     assert set(ids[:, 1:-1].ravel().tolist()) == {5}
+
+
+def test_padding_and_truncation_make_no_other_tokenizer_and_what_does_is_named() -> None:
+    plain, cut, cased, other_pad = bert_like(), bert_like(), bert_like(), bert_like("<none>")
+    cut.enable_truncation(5)
+    cut.enable_padding(length=8)
+    assert as_bytes(plain) != as_bytes(cut)
+    assert differing(as_bytes(plain), as_bytes(cut)) == ()
+    for found, same in zip(
+        text_ids(as_bytes(cut), ["a dog"], 16), text_ids(as_bytes(plain), ["a dog"], 16), strict=True
+    ):
+        np.testing.assert_array_equal(found, same)
+    cased.normalizer = normalizers.BertNormalizer(lowercase=False)
+    assert differing(as_bytes(plain), as_bytes(cased)) == ("normalizer",)
+    cut.enable_padding(pad_id=7)
+    assert differing(as_bytes(plain), as_bytes(cut)) == ("pad id",)
+    assert "model" in differing(as_bytes(plain), as_bytes(other_pad))
 
 
 @pytest.mark.parametrize(("max_tokens", "width"), [(16, 16), (17, 32), (50, 64), (64, 64)])

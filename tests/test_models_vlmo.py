@@ -419,3 +419,10 @@ def test_it_has_seen_captions_and_labels_and_is_refused_where_either_must_not_be
     assert {entry.supervision for entry in CATALOGUE.values() if entry.family.startswith("vlmo")} == {
         "paired_text+class_labels"
     }
+
+
+def test_the_heads_are_said_to_be_inferred_where_no_table_tells_them() -> None:
+    for absolute, inferred in ((False, {}), (True, {"heads": 16})):
+        state = original_state(absolute=absolute, heads=16 if absolute else 4)
+        checkpoint = of_tensors(state, "vlmo.pt", {})
+        assert [family.key_map(checkpoint).inferred for family in FAMILIES] == [inferred] * 3

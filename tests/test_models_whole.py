@@ -27,7 +27,7 @@ from emkum.models.network import Network, load_saved, normalise, save_network, s
 from emkum.models.passes import FrozenPass, Wanted
 from emkum.models.resnet import ResNet
 from emkum.models.supervision import Guard
-from emkum.models.whole import WholeNetwork, WholeSpec
+from emkum.models.whole import Exact, WholeNetwork, WholeSpec
 
 TOLERANCE = 1e-5  # relative, in the L2 norm
 SIDE, PATCH = 32, 4
@@ -230,6 +230,27 @@ def test_a_vision_model_runs_in_bfloat16(tmp_path: Path) -> None:
         assert rounded[name].dtype == torch.float32
         assert 0 < relative(rounded[name], exact[name]) < 0.05
     assert whole(network).compute == torch.float32  # the network given is not changed
+
+
+@pytest.mark.parametrize("name", ["convnext", "vit"])
+def test_logits_are_of_a_float32_classifier_whatever_the_rest_computes_in(name: str, tmp_path: Path) -> None:
+    model = convnext_classifier() if name == "convnext" else vit_classifier()
+    network = load_network(f"{saved(randomised(model), tmp_path / name)}#logits")
+    exact, rounded = (passed(network, ["logits"], crops_of(SIDE, SIDE), c)["logits"] for c in ("float32", "bfloat16"))
+    assert not torch.equal(rounded, rounded.bfloat16().float())
+    assert 0 < relative(rounded, exact) < 0.05
+
+
+def test_a_layer_as_wide_as_there_are_classes_inside_a_block_is_no_classifier() -> None:
+    layer, vectors, tokens = torch.nn.Linear(4, 6), torch.randn(2, 4), torch.randn(2, 3, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with Exact([layer]):
+            assert [layer(x).dtype for x in (vectors, tokens, vectors[:, None])] == [
+                torch.float32,
+                torch.bfloat16,
+                torch.float32,
+            ]
+        assert layer(vectors).dtype == torch.bfloat16  # nothing stays behind
 
 
 def test_it_runs_beside_others_and_shares_nothing(tmp_path: Path) -> None:

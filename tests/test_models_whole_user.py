@@ -49,6 +49,9 @@ def random():
 def shapes():
     return dataclasses.replace(build(), run=lambda net, images: {"cls": images.mean((2, 3))[0]})
 
+def elsewhere():
+    return dataclasses.replace(build(), run=lambda net, images: {"logits": net[0](images).amax((2, 3))})
+
 def names():
     return dataclasses.replace(build(), run=lambda net, images: {"class": images.mean((2, 3))})
 
@@ -101,6 +104,20 @@ def teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("my_teachers", None)
 
 
+def test_the_classifier_of_a_pass_in_bfloat16_runs_in_float32(teachers: Path) -> None:
+    network, crops = load_network("my_teachers:build"), crops_of(SIDE, 24)
+    head = whole(network).classifiers
+    assert [module.out_features for module in head] == [4]
+    given = passed(network, ["logits", "cls", "mean"], crops, "bfloat16")
+    expected = torch.nn.functional.linear(given["mean"], head[0].weight, head[0].bias)
+    assert relative(given["logits"], expected) < 2e-3  # the mean itself is rounded in front of it, differently
+    assert not torch.equal(given["logits"], given["logits"].bfloat16().float())
+    other = load_network("my_teachers:elsewhere")  # its 6 logits come from a convolution
+    assert whole(other).classifiers == []
+    rounded = passed(other, ["logits"], crops, "bfloat16")["logits"]
+    assert torch.equal(rounded, rounded.bfloat16().float())
+
+
 def test_a_function_of_ones_own_is_a_teacher(teachers: Path) -> None:
     network = load_network("my_teachers:build")
     assert (network.name, network.source) == ("my_teachers-build", "my_teachers:build")
@@ -118,7 +135,6 @@ def test_a_function_of_ones_own_is_a_teacher(teachers: Path) -> None:
     assert relative(ours["patches"], expected["patches"]) < TOLERANCE
     assert relative(ours["logits"], expected["logits"]) < TOLERANCE
     assert relative(ours["cls"], expected["patches"].mean(1)) < TOLERANCE
-    assert passed(network, ["logits"], crops, "bfloat16")["logits"].dtype == torch.float32
     only = load_network("my_teachers:cls_only")
     assert (only.name, whole(only).spec.outputs) == ("own-name", ("cls",))
 

@@ -17,7 +17,9 @@ from emkum import cli
 from emkum.errors import RefusedTeacher, UnknownNetwork, UsageError
 from emkum.models import fetch
 from emkum.models.catalogue import load_network
+from emkum.models.convert import convert
 from emkum.models.families.registry import CATALOGUE
+from emkum.models.listing import show
 from emkum.models.network import save_network
 from emkum.models.supervision import Guard, judge, signs_in_tensors
 from emkum.stage1_extract import plan
@@ -92,7 +94,7 @@ def test_beit2_is_label_free_and_not_text_free_and_the_refusal_says_why_and_what
     error = refused(TEXT_FREE, "beit2")
     assert error.what == (
         "--text-free: beit2 learned from the codes of a tokenizer that was distilled from CLIP, which learned from "
-        "captions (the catalogue says none+clip_tokenizer: 1600 epochs)"
+        "captions (the catalogue says none+clip_tokenizer)"
     )
     assert error.way_out.startswith("use beit, ")
     assert "dinov2-s" in error.way_out
@@ -163,7 +165,7 @@ def released(folder: Path, more: dict[str, Tensor] | None = None, name: str = "b
     return write(folder / f"{name}.pth", original_state(hf_model()) | (more or {}))
 
 
-def test_a_file_called_as_a_released_one_is_what_the_catalogue_says(tmp_path: Path) -> None:
+def test_a_file_called_as_a_released_one_is_what_the_catalogue_says(tmp_path: Path, small_releases: None) -> None:
     path = released(tmp_path)
     assert judge(str(path)).supervision == "none+clip_tokenizer"
     assert judge(str(tmp_path)).supervision == "none+clip_tokenizer"
@@ -177,6 +179,7 @@ def test_a_file_called_as_a_released_one_is_what_the_catalogue_says(tmp_path: Pa
 def test_a_fine_tuned_file_under_the_released_name_is_found_out_by_its_tensors(sign: str, tmp_path: Path) -> None:
     path = released(tmp_path, {sign: torch.zeros(4, 3)})
     assert judge(str(path)).words["class_labels"] == f"it has {sign}"
+    assert "none" not in judge(str(path)).words
     assert f"learned from labels (it has {sign})" in refused(LABEL_FREE, str(path)).what
 
 
@@ -185,6 +188,81 @@ def test_a_file_by_another_name_is_unknown_though_its_tensors_tell_nothing_bad(t
     assert judge(str(path)).supervision == "clip_tokenizer+unknown"
     assert "may have learned from anything" in refused(LABEL_FREE, str(path)).what
     assert "clip" in refused(TEXT_FREE, str(path)).what
+
+
+def verdicts(source: str) -> list[bool]:
+    """Which of the flags refuse it."""
+    found = []
+    for guard in (LABEL_FREE, TEXT_FREE):
+        try:
+            guard.check([source])
+        except RefusedTeacher:
+            found.append(True)
+        else:
+            found.append(False)
+    return found
+
+
+@pytest.mark.parametrize("name", ["beitv2_base_patch16_224_pt1k", "mine", "mine_ft1k"])
+@pytest.mark.parametrize("small", [True, False])
+def test_a_file_what_is_loaded_and_what_is_converted_are_judged_alike(
+    name: str, small: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if small:
+        request.getfixturevalue("small_releases")
+    path = released(tmp_path, name=name)
+    made = convert(str(path), tmp_path / "out")
+    told = judge(str(path)).supervision
+    assert load_network(str(path)).supervision == made.network.supervision == told
+    assert judge(str(made.folder)).supervision == told == show(str(path))["supervision"]
+    assert verdicts(str(path)) == verdicts(str(made.folder))
+    assert verdicts(str(path)) == ([False, True] if small and name.startswith("beitv2") else [True, True])
+    assert ("class_labels" in told) == (name == "mine_ft1k")
+
+
+def test_signs_in_names_of_folders_survive_loading_and_conversion(tmp_path: Path) -> None:
+    config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    folder = saved(transformers.Dinov2Model(config), tmp_path / "dinov2-imagenet1k-lc")
+    assert load_network(folder).supervision == judge(folder).supervision == "class_labels"
+    path = released(tmp_path / "finetuned", name="mine")
+    made = convert(str(path.parent), tmp_path / "out")
+    assert made.network.supervision == judge(str(path.parent)).supervision == "clip_tokenizer+class_labels"
+
+
+def test_a_folder_that_is_run_in_one_piece_is_judged_by_its_name_as_well(tmp_path: Path) -> None:
+    config = transformers.ViTMSNConfig(**VIT, image_size=8)
+    folder = saved(transformers.ViTMSNModel(config), tmp_path / "msn-ft1k")
+    colours = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 8}
+    (tmp_path / "msn-ft1k/preprocessor_config.json").write_text(json.dumps(colours))
+    assert load_network(folder).supervision == judge(folder).supervision == "class_labels"
+
+
+def test_a_file_under_the_name_of_a_release_with_other_measures_is_none(tmp_path: Path) -> None:
+    path = released(tmp_path)
+    found = judge(str(path))
+    assert found.release is None
+    assert found.words["unknown"] == "it is called as the file of beit2 but is 24 wide where that has 768"
+    assert "but is 24 wide where that has 768" in refused(LABEL_FREE, str(path)).what
+    network = load_network(str(path))
+    assert (network.licence, network.supervision) == ("unknown", "clip_tokenizer+unknown")
+    made = convert(str(path), tmp_path / "out").network
+    assert (made.name, made.licence) == (path.stem, "unknown")
+
+
+def test_a_file_of_the_measures_of_a_release_is_told_by_its_shapes(tmp_path: Path) -> None:
+    whole = {
+        name: torch.zeros(1).expand([768 if size == 24 else size for size in tensor.shape])
+        for name, tensor in original_state(hf_model()).items()
+    }
+    blocks = {name: tensor for name, tensor in whole.items() if name.startswith("blocks.0.")}
+    for index in range(12):
+        whole |= {name.replace("blocks.0.", f"blocks.{index}."): tensor for name, tensor in blocks.items()}
+    patch = torch.zeros(1).expand(768, 3, 16, 16)
+    path = write(tmp_path / "beitv2_base_patch16_224_pt1k.pth", whole | {"patch_embed.proj.weight": patch})
+    release = judge(str(path)).release
+    assert release is not None
+    assert release.name == "beit2"
+    LABEL_FREE.check([str(path)])
 
 
 def saved(model: Any, folder: Path) -> str:
@@ -208,7 +286,7 @@ def test_networks_of_a_family_that_always_had_text_are_found_out(tmp_path: Path)
     config = transformers.CLIPVisionConfig(**VIT, image_size=8)
     folder = saved(transformers.CLIPVisionModel(config), tmp_path / "vision")
     assert judge(folder).words["paired_text"] == "every clip-vision network of the catalogue has paired_text"
-    assert load_network(folder).supervision == "paired_text"
+    assert load_network(folder).supervision == "paired_text+unknown" == judge(folder).supervision
     LABEL_FREE_AND_NAMED = Guard(label_free=True, allowed=(folder,))
     LABEL_FREE_AND_NAMED.check([folder])
 
@@ -234,6 +312,7 @@ def test_heads_of_questions_and_of_sentences_are_found_out(tmp_path: Path) -> No
         ({"logit_scale": ()}, "paired_text"),
         ({"feature_extractor.conv_layers.0.conv.weight": (8, 1, 3), "lm_head.weight": (32, 8)}, "transcripts"),
         ({"feature_extractor.conv_layers.0.conv.weight": (8, 1, 3), "lm_head.weight": (8192, 8)}, None),
+        ({"feature_extractor.conv_layers.0.conv.weight": (8, 1, 3), "a.decoder.proj.weight": (8, 8)}, None),
         ({"lm_head.weight": (32, 8)}, None),  # codes of pictures, in a toy
         ({"head.mlp.0.weight": (8, 8), "head.last_layer.weight_v": (8, 8)}, None),  # DINO's own
         ({"decoder.norm.weight": (8,), "mask_token": (1, 1, 8)}, None),
@@ -367,7 +446,11 @@ def test_the_command_refuses_with_two(tmp_path: Path, capsys: pytest.CaptureFixt
     assert cli.run([*words, "--teacher", "dinov2-s", "--encoder", "beit2", "--text-free"]) == 2
     assert "--text-free: beit2" in capsys.readouterr().err
     assert cli.run([*words, "--teacher", "resnet50", "--label-free", "--allow-teacher", "resnet101"]) == 2
-    assert "--allow-teacher resnet101: no network of this command is called that" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "--allow-teacher resnet101: no network of this command is called that" in shown.err
+    assert "taken by name" not in shown.out + shown.err
     assert cli.run([*words, "--teacher", "resnet50", "--label-free", "--allow-teacher", "resnet50"]) == 2
-    assert "NoData" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "NoData" in shown.err
+    assert "taken by name whatever they learned from, on record: resnet50" in shown.out + shown.err
     assert not (tmp_path / "cache").exists()

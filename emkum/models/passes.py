@@ -20,7 +20,7 @@ from emkum.models.families.registry import family_named
 from emkum.models.network import Network, normalise, shares_prefix
 from emkum.models.resnet import ResNet
 from emkum.models.targets import LayersMean, LayersRule
-from emkum.models.whole import WholeNetwork
+from emkum.models.whole import WholeNetwork, WholeSpec
 
 What = Literal["tokens", "cls", "patches", "mean", "layers", "logits", "top_logits"]
 TARGETS: dict[str, What] = {
@@ -63,17 +63,23 @@ def default_rule(network: Network) -> LayersRule:
     return rule_of(network, family.layers_rule if family else "thesis")
 
 
-# Of a data2vec 2.0 for pictures without a prenet: depth -> how many last blocks its training averaged (fairseq,
-# examples/data2vec/config/v2, large and huge: average_top_k_layers).
-_DATA2VEC2_LAST = {24: 18, 32: 24}
-
-
 def rule_of(network: Network, text: str) -> LayersRule:
-    """The rule that `text` (what `--layers` takes) means for this network. Raises UsageError."""
-    rule = targets.rule_from_text(text, network.modality, num_prenet(network))
-    if text == "data2vec2" and network.family == "data2vec2-image" and not num_prenet(network):
-        rule = replace(rule, last=_DATA2VEC2_LAST.get(network.depth))
-    return rule
+    """The rule that `text` (what `--layers` takes) means for this network. Raises UsageError.
+
+    Where the last so many blocks are all there are, that is what it says, so that equal rules have one fingerprint.
+    """
+    rule, depth = targets.rule_from_text(text, network.modality, num_prenet(network)), _num_layers(network)
+    family = family_named(network.family, network.modality)
+    if family is not None and text == family.layers_rule and not num_prenet(network):
+        rule = replace(rule, last=family.layers_last.get(depth, rule.last))
+    whole = replace(rule, last=None)
+    return whole if rule.counted(depth) == whole.counted(depth) else rule
+
+
+def _num_layers(network: Network) -> int:
+    """Blocks whose outputs can be averaged."""
+    spec = network.backbone.spec
+    return spec.num_layers if isinstance(spec, WholeSpec) else network.depth
 
 
 def num_prenet(network: Network) -> int:
@@ -116,7 +122,8 @@ def good_compute(device: torch.device) -> str:
 class FrozenPass:
     """The frozen networks of one modality, ready to run on `device` with matrix products in `compute`.
 
-    Residual streams, norms and outputs stay float32 whatever `compute` is. The networks given are not changed.
+    Residual streams, norms, outputs and classifiers stay float32 whatever `compute` is; of a ResNet and of a network in
+    one piece the classifier alone. The networks given are not changed.
     """
 
     def __init__(
@@ -310,6 +317,10 @@ def _run_whole(
 
 
 _WHOLE = {"top_logits": "logits"}
+_LACKING = {
+    "logits": "it has no classifier",
+    "layers": "its stages have different sizes, or its blocks are no plain list, so they have no mean",
+}
 
 
 def _check_whole(network: Network, whole: WholeNetwork, want: Wanted) -> None:
@@ -318,12 +329,10 @@ def _check_whole(network: Network, whole: WholeNetwork, want: Wanted) -> None:
             f"{network.name} as an encoder: it is run in one piece ({whole.spec.family}), so no cut of it is known",
             "name another --encoder, for example dinov2-s; it can be the teacher",
         )
-    if want.what == "top_logits" and not 0 < want.top < num_classes(network) and num_classes(network):
-        raise _too_many(network, want)
-    if _WHOLE.get(want.what, want.what) not in whole.spec.outputs:
+    if (output := _WHOLE.get(want.what, want.what)) not in whole.spec.outputs:
         raise UnsupportedNetwork(
             f"target {next(t for t, what in TARGETS.items() if what == want.what)} of {network.name} "
-            f"({whole.spec.family})",
+            f"({whole.spec.family}): {_LACKING.get(output, 'it gives no tokens after a final norm')}",
             f"it has {', '.join(whole.spec.outputs)}",
         )
 
@@ -357,7 +366,7 @@ def _too_many(network: Network, want: Wanted) -> UnsupportedNetwork:
 def check_rule(network: Network, rule: LayersRule) -> None:
     """Raises UnsupportedNetwork for a rule of the target `layers` that the network cannot follow."""
     whole = isinstance(network.backbone, WholeNetwork)
-    depth = network.backbone.spec.num_layers if isinstance(network.backbone, WholeNetwork) else network.depth
+    depth = _num_layers(network)
     if not rule.counted(depth):
         raise UnsupportedNetwork(
             f"layers of {network.name} but the first {rule.skip}: it has {depth} blocks",

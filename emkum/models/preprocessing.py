@@ -99,6 +99,18 @@ def read_preprocessor(found: dict[str, Any], default: Preprocessing) -> Preproce
     )
 
 
+def read_timm(found: dict[str, Any], default: Preprocessing) -> Preprocessing:
+    """What the pretrained_cfg of a timm folder says; `default` for the rest."""
+    size, fraction, resample = found.get("input_size"), found.get("crop_pct"), found.get("interpolation")
+    return Preprocessing(
+        image_size=_side(size[1:] if isinstance(size, list) else None) or default.image_size,  # colours come first
+        mean=_three(found.get("mean", default.mean)),
+        std=_three(found.get("std", default.std)),
+        crop_fraction=float(fraction) if isinstance(fraction, int | float) else default.crop_fraction,
+        interpolation=str(resample) if resample in _RESAMPLE.values() else default.interpolation,
+    )
+
+
 def _side(size: Any) -> int | None:
     if isinstance(size, dict):
         size = size.get("shortest_edge") or size.get("height")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emkum.errors import UnsupportedNetwork
-from emkum.models.blocks import Linear, in_type_of
+from emkum.models.blocks import in_type_of
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,23 @@ class Layer(nn.Module):
         return F.relu(self.convs[-1](features_BCHW) + residual, inplace=True)
 
 
+class Classifier(nn.Module):
+    """A linear layer in float32, under autocast too. No nn.Linear, so that no cast of a network's matrices reaches it.
+
+    Of a logit of 10, bfloat16 keeps steps of 1/16.
+    """
+
+    def __init__(self, num_in: int, num_classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, num_in))
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+        nn.init.normal_(self.weight, std=num_in**-0.5)
+
+    def forward(self, pooled_BD: Tensor) -> Tensor:
+        with torch.autocast(pooled_BD.device.type, enabled=False):
+            return F.linear(pooled_BD.float(), self.weight, self.bias)
+
+
 class ResNet(nn.Module):
     """A ResNet with the calls stage 1 makes of a convolutional teacher: `embed`, then `cls`, `patches`, `logits`."""
 
@@ -141,7 +158,7 @@ class ResNet(nn.Module):
                 layers.append(Layer(spec, num_in, width, 2 if strided else 1))
                 num_in = width
         self.layers = nn.ModuleList(layers)
-        self.head = Linear(spec.width, spec.num_classes) if spec.num_classes else None
+        self.head = Classifier(spec.width, spec.num_classes) if spec.num_classes else None
 
     @property
     def depth(self) -> int:
@@ -181,7 +198,7 @@ class ResNet(nn.Module):
         return tokens_BTD[:, 1:]
 
     def logits(self, tokens_BTD: Tensor) -> Tensor:
-        """Class logits [B, classes]. Raises UnsupportedNetwork if the checkpoint had no classifier."""
+        """Class logits [B, classes], float32. Raises UnsupportedNetwork if the checkpoint had no classifier."""
         if self.head is None:
             raise UnsupportedNetwork(
                 "logits of a ResNet read from a checkpoint without a classifier", "use one with, or drop the target"

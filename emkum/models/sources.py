@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from emkum.errors import UnknownNetwork, UnsupportedNetwork, UsageError
 from emkum.models.backbone import Modality
@@ -102,6 +102,16 @@ def entry_of_file(name: str, family: Family) -> CatalogueEntry | None:
     stem = name.rpartition(".")[0]
     urls = (entry for entry in family.entries if entry.source.startswith("https://"))
     return next((entry for entry in urls if stem and entry.source.rpartition("/")[2].rpartition(".")[0] == stem), None)
+
+
+def misfit(entry: CatalogueEntry, spec: Any) -> str:
+    """In which of its measures an architecture is not the entry's, in words; "" if it fits."""
+    measures = {"width": "wide", "depth": "blocks deep", "patch": "px a patch"}
+    for key, words in measures.items():
+        ours, theirs = getattr(spec, key, None), getattr(entry, key)
+        if ours is not None and theirs and ours != theirs:
+            return f"{ours} {words} where that has {theirs}"
+    return ""
 
 
 def tower_suffix(tower: Modality | None) -> str:

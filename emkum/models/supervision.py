@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from emkum.errors import EmkumError, RefusedTeacher, UsageError
 from emkum.models import whole_timm
 from emkum.models.backbone import Modality
 from emkum.models.families.checkpoint import Checkpoint, Shapes, open_folder
-from emkum.models.families.family import Family
+from emkum.models.families.family import CatalogueEntry, Family
 from emkum.models.families.originals import open_original, original_file
-from emkum.models.families.registry import CATALOGUE, family_of, family_of_original, is_original
-from emkum.models.sources import Source, entry_of_file, read_source
+from emkum.models.families.registry import CATALOGUE, family_of, family_of_original, is_original, key_map_of
+from emkum.models.sources import Source, entry_of_file, misfit, read_source
 
 LABELS = frozenset({"class_labels", "transcripts", "text_pairs"})
 """Words of the supervision that --label-free refuses: somebody said for every sample, or pair, what is right."""
@@ -57,16 +58,17 @@ _IN_ARCHITECTURES = {
 class Judgement:
     """What a network learned from: words, which a catalogue entry's `supervision` joins with +, and how that is known.
 
-    modality: what it reads, None where only its weights could tell.
+    modality: what it reads, None where only its weights could tell. release: the entry whose released file it is.
     """
 
     words: Mapping[str, str]
     modality: Modality | None = None
+    release: CatalogueEntry | None = None
 
     @property
     def supervision(self) -> str:
-        """As a catalogue entry says it."""
-        return "+".join(self.words)
+        """As a catalogue entry says it, and as it is recorded. Of what had labels nothing more needs to be known."""
+        return "+".join(word for word in self.words if word != UNKNOWN or not LABELS & self.words.keys())
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,20 @@ class Guard:
         if not self.flag:
             return
         named = list(dict.fromkeys(sources))
+        self.check_exceptions(named)
+        refused = {name: found for name in named if name not in self.allowed and self._excluded(found := judge(name))}
+        if refused:
+            raise self._refusal(refused)
+
+    def check_exceptions(self, sources: Iterable[str]) -> None:
+        """Raises UsageError for an exception that names none of the sources."""
+        named = [name for name in dict.fromkeys(sources) if name and name != "none"]
         for name in self.allowed:
             if name not in named:
                 raise UsageError(
                     f"--allow-teacher {name}: no network of this command is called that",
                     f"name one of {', '.join(named)}",
                 )
-        refused = {name: found for name in named if name not in self.allowed and self._excluded(found := judge(name))}
-        if refused:
-            raise self._refusal(refused)
 
     def check_loaded(self, source: str, supervision: str, modality: Modality) -> None:
         """As `check`, by what the network itself says once it is loaded."""
@@ -164,12 +171,53 @@ def judge(source: str) -> Judgement:
     if found.logits and found.entry is None:
         return Judgement({"class_labels": "#logits asks for its classifier"}, "image")
     if found.entry is not None:
-        said = f"the catalogue says {found.entry.supervision}" + (f": {found.entry.notes}" if found.entry.notes else "")
+        said = f"the catalogue says {found.entry.supervision}"
         return _of_words(found.entry.supervision, said, found.entry.modality)
     if found.kind == "path":
         return _judge_path(found)
     name = found.place.rpartition("/")[2]
     return Judgement(_by_name(name) | {UNKNOWN: "it is not in the catalogue"}, found.tower)
+
+
+def judge_weights(named: Iterable[str], checkpoint: Checkpoint, family: Family | None) -> Judgement:
+    """What weights at hand learned from, by their tensors, their configuration, their family and their names.
+
+    named: what they were asked for as. family: which reads them, None for none. This alone is what the guard holds a
+    file to, what a loaded network records and what `convert` writes down. Only names and shapes are read.
+    """
+    signs = signs_in_tensors(checkpoint.shapes, checkpoint.config)
+    for name in (*named, checkpoint.label):
+        signs |= _by_name(_last_part(name))
+    nobody_knows = {UNKNOWN: "nothing says what it learned from"}
+    if family is None:
+        return Judgement(signs | nobody_knows)
+    entry = entry_of_file(Path(checkpoint.label).name, family)
+    if entry is not None:
+        called = f"it is called as the file of {entry.name}"
+        try:
+            wrong = misfit(entry, key_map_of(family, checkpoint).spec)
+        except EmkumError:  # whoever loads it says more
+            wrong = f"no {family.name} that can be read"
+        if not wrong:
+            said = f"{called}, of which the catalogue says {entry.supervision}"
+            words = dict.fromkeys(entry.supervision.split("+"), said)
+            if signs:
+                words.pop("none", None)
+            return Judgement(words | signs, family.modality, entry)
+        nobody_knows = {UNKNOWN: f"{called} but is {wrong}"}
+    of_family = supervision_of_family(family)
+    if of_family != UNKNOWN:
+        said = f"every {family.name} network of the catalogue has {of_family}"
+        signs = {word: said for word in of_family.split("+") if word != "none"} | signs
+    return Judgement(signs | nobody_knows, family.modality)
+
+
+def joined(of_weights: str, of_name: str) -> str:
+    """Of weights fetched from where anybody may put them: what they show, and what their name told before."""
+    words = dict.fromkeys([*of_weights.split("+"), *of_name.split("+")], "")
+    if UNKNOWN in words:
+        words.pop("none", None)
+    return Judgement(words).supervision
 
 
 def supervision_of_family(family: Family) -> str:
@@ -193,7 +241,7 @@ def signs_in_tensors(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, str
     for name, shape in shapes.items():
         if (
             hears
-            and re.search(r"(^|\.)(lm_head|final_proj|(?<!attn\.)proj)\.weight$", name)
+            and re.search(r"(^|\.)(lm_head|final_proj|(?<!attn\.)(?<!decoder\.)proj)\.weight$", name)
             and 0 < shape[0] < _CTC_WORDS
         ):
             signs.setdefault("transcripts", f"it has {name} with {shape[0]} outputs, as many as letters")
@@ -218,27 +266,26 @@ def _judge_path(source: Source) -> Judgement:
     path = source.path
     if (path / "model.json").is_file():
         return _judge_saved(path / "model.json")
-    names = _by_name(path.resolve().stem if path.is_file() else path.resolve().name)
-    nobody_knows = {UNKNOWN: "nothing says what it learned from"}
     opened = _open(path)
     if opened is None:
-        return Judgement(names | nobody_knows, source.tower)
-    signs = signs_in_tensors(opened.shapes, opened.config) | names
+        nobody_knows = {UNKNOWN: "nothing says what it learned from"}
+        return Judgement(_by_name(_last_part(str(path))) | nobody_knows, source.tower)
     try:
         original = is_original(opened.shapes)
         of_original = family_of_original(opened.shapes, opened.label, source.tower) if original else None
         family = of_original or family_of(opened, source.tower)
     except EmkumError:  # of no family: whoever loads it says so
-        return Judgement(signs | nobody_knows, source.tower)
-    entry = entry_of_file(Path(opened.label).name, family)
-    if entry is not None:
-        said = f"it is called as the file of {entry.name}, of which the catalogue says {entry.supervision}"
-        return Judgement(dict.fromkeys(entry.supervision.split("+"), said) | signs, family.modality)
-    of_family = supervision_of_family(family)
-    if of_family != UNKNOWN:
-        said = f"every {family.name} network of the catalogue has {of_family}"
-        signs = {word: said for word in of_family.split("+") if word != "none"} | signs
-    return Judgement(signs | nobody_knows, family.modality)
+        family = None
+    found = judge_weights((source.place,), opened, family)
+    return found if found.modality else replace(found, modality=source.tower)
+
+
+def _last_part(place: str) -> str:
+    """Of a path, where links lead; of a hub id or URL, what stands last."""
+    path = Path(os.path.expanduser(place))
+    if not path.exists():
+        return place.rpartition("/")[2]
+    return path.resolve().stem if path.is_file() else path.resolve().name
 
 
 def _judge_saved(record: Path) -> Judgement:

@@ -192,9 +192,17 @@ _KEYS = {
     "prefix": "prefix",
 }
 _KEYS_IN_WORDS = "site=block|ffn, last=N|all, skip=N, norm=instance|layer|none, final=yes|no, prefix=keep|drop"
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):  # int() takes "+1", "1_0" and digits of other scripts
+        raise ValueError(f"{text!r} is no number")
+    return int(text)
+
+
 _READ: dict[str, Callable[[str], Any]] = {
-    "last": lambda text: None if text == "all" else int(text),
-    "skip": int,
+    "last": lambda text: None if text == "all" else _number(text),
+    "skip": _number,
     "final": {"yes": True, "no": False}.__getitem__,
 }
 
@@ -204,11 +212,15 @@ def rule_from_text(text: str, modality: str, prenet: int = 0) -> LayersRule:
 
     Keys that are left out are those of `thesis`. Raises UsageError.
     """
+    if not text.strip():
+        raise UsageError("--layers without a rule", f"choose one of {', '.join(RULES)}, or give keys: {_KEYS_IN_WORDS}")
     if "=" not in text:
         return _rule_named(text, modality, prenet)
     chosen: dict[str, Any] = {}
     for pair in text.split(","):
         key, _, value = (part.strip() for part in pair.partition("="))
+        if _KEYS.get(key) in chosen:
+            raise UsageError(f"--layers {text}: {key} stands there twice", "give every key once")
         try:
             chosen[_KEYS[key]] = _READ.get(key, str)(value)
         except (KeyError, ValueError):
@@ -217,6 +229,18 @@ def rule_from_text(text: str, modality: str, prenet: int = 0) -> LayersRule:
         return dataclasses.replace(named_rule("thesis", modality), **chosen)
     except ValueError as error:
         raise UsageError(f"--layers {text}: {error}", f"keys: {_KEYS_IN_WORDS}") from None
+
+
+def rule_as_text(rule: LayersRule, modality: str) -> str:
+    """What `--layers` takes for this rule whatever the network: a name where it means the same of all, else pairs."""
+    for name in ("thesis", "data2vec"):
+        if rule == named_rule(name, modality):
+            return name
+    words: dict[Any, str] = {None: "all", True: "yes", False: "no"}
+    values = {key: getattr(rule, name) for key, name in _KEYS.items()}
+    return ",".join(
+        f"{key}={words[value] if value is None or type(value) is bool else value}" for key, value in values.items()
+    )
 
 
 def _rule_named(name: str, modality: str, prenet: int) -> LayersRule:

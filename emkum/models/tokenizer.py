@@ -67,6 +67,17 @@ def _unknown(tokenizer: bytes) -> tuple[int, int] | None:
     return None if first is None else (int(first), int(model["vocab"][model["unk_token"]]))
 
 
+def count_of_ids(tokenizer: bytes) -> int:
+    """One more than the highest id that `text_ids` can give, of a pad too."""
+    if pieces := _pieces(tokenizer):
+        highest = max(pieces.bos, pieces.eos, pieces.unk, pieces.processor.get_piece_size() - 1 + pieces.offset)
+    elif (unknown := _unknown(tokenizer)) is not None:
+        highest = unknown[0] - 1
+    else:
+        highest = max(_parsed(tokenizer).get_vocab(with_added_tokens=True).values(), default=-1)
+    return 1 + max(highest, pad_id(tokenizer))
+
+
 def _encoded(tokenizer: bytes, captions: Sequence[str], max_tokens: int) -> list[list[int]]:
     return [encoding.ids for encoding in _truncating(tokenizer, max_tokens).encode_batch(list(captions))]
 
@@ -93,6 +104,19 @@ def _truncating(tokenizer: bytes, max_tokens: int) -> Tokenizer:
         raise UsageError(f"at most {max_tokens} tokens, of which {num_special} are special", "allow more tokens")
     encoder.enable_truncation(max_tokens)
     return encoder
+
+
+def differing(a: bytes, b: bytes) -> tuple[str, ...]:
+    """What of two tokenizers can give other ids: top-level keys of their JSON, or "pad id"; () for equal ids.
+
+    Padding and truncation are not compared: `text_ids` has its own.
+    """
+    if a == b:
+        return ()
+    ours, theirs = json.loads(a), json.loads(b)
+    keys = sorted((set(ours) | set(theirs)) - {"padding", "truncation"})
+    found = tuple(key for key in keys if ours.get(key) != theirs.get(key))
+    return found if pad_id(a) == pad_id(b) else (*found, "pad id")
 
 
 def _parsed(tokenizer: bytes) -> Tokenizer:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emkum.errors import UnsupportedNetwork, UsageError
@@ -176,6 +177,12 @@ class WholeNetwork(nn.Module):
     def num_prefix(self) -> int:
         return self.spec.num_prefix
 
+    @property
+    def classifiers(self) -> list[nn.Linear]:
+        """Its linear layers of as many numbers as there are classes; [] where the logits come from elsewhere."""
+        linear = (module for module in self.module.modules() if isinstance(module, nn.Linear))
+        return [module for module in linear if self.spec.num_classes and module.out_features == self.spec.num_classes]
+
     def embed(self, inputs: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """The inputs as they are: nothing of it runs before `outputs`."""
         return inputs
@@ -200,7 +207,11 @@ class WholeNetwork(nn.Module):
         return found
 
     def _given(self, inputs: Tensor, mask_BL: Tensor | None, wanted: Collection[str]) -> Given:
-        with torch.autocast(inputs.device.type, self.compute, enabled=self.compute != torch.float32):
+        narrow = self.compute != torch.float32
+        with (
+            torch.autocast(inputs.device.type, self.compute, enabled=narrow),
+            Exact(self.classifiers if narrow else ()),
+        ):
             try:
                 return self.run(self.module, inputs, mask_BL, wanted)
             except (ValueError, RuntimeError, AssertionError) as error:
@@ -440,6 +451,32 @@ class Heard:
             self.outputs.append(output)
 
         self._handles = [module.register_forward_hook(hear) for module in self._modules]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class Exact:
+    """Linear layers that give their outputs of one vector a sample in float32, under autocast too. A context manager.
+
+    So a classifier does: they are computed a second time. A layer of the same width inside a block is left alone.
+    """
+
+    def __init__(self, modules: Sequence[nn.Linear]) -> None:
+        self._modules = modules
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Exact:
+        def again(module: Any, inputs: Any, output: Any) -> Any:
+            if not inputs or inputs[0].numel() != len(inputs[0]) * module.in_features:
+                return output
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                bias_C = None if module.bias is None else module.bias.float()
+                return F.linear(inputs[0].float(), module.weight.float(), bias_C)
+
+        self._handles = [module.register_forward_hook(again) for module in self._modules]
         return self
 
     def __exit__(self, *error: object) -> None:

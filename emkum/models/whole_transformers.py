@@ -59,12 +59,7 @@ def read_whole(folder: Path, checkpoint: Checkpoint, classifier: bool) -> tuple[
     Strict: no tensor may be missing but a pooler's, none left over but those of a head that is not used.
     """
     raw, label = checkpoint.config, checkpoint.label
-    with_logits = any(re.search(_CLASSIFIER, str(name)) for name in raw.get("architectures") or ())
-    if classifier and not with_logits:
-        raise UnsupportedNetwork(
-            f"{label} has no classifier: its config.json says {', '.join(raw.get('architectures') or ['nothing'])}",
-            "leave #logits out, or use a checkpoint of ...ForImageClassification",
-        )
+    with_logits = _has_logits(raw, classifier, label)
     config = _config(folder, raw, label)
     model = _loaded(folder, config, with_logits, label)
     modality = _modality(model, raw, label)
@@ -84,6 +79,36 @@ def read_whole(folder: Path, checkpoint: Checkpoint, classifier: bool) -> tuple[
         return whole.of_texts(described, described.max_tokens), None
     preprocessing = read_preprocessing(folder, label)
     return whole.of_pictures(described, preprocessing), preprocessing
+
+
+def outline(folder: Path, checkpoint: Checkpoint, classifier: bool) -> tuple[str, tuple[str, ...], Any]:
+    """Of `read_whole`, without the weights: what it reads, its outputs as far as they are known, its preprocessing.
+
+    Raises UnsupportedNetwork for what it refuses because of the type, the configuration or the preprocessor.
+    """
+    import transformers
+
+    raw, label = checkpoint.config, checkpoint.label
+    with_logits = _has_logits(raw, classifier, label)
+    config = _config(folder, raw, label)
+    models: Any = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if with_logits else transformers.MODEL_MAPPING
+    made: Any = models.get(type(config), None)
+    made = made[0] if isinstance(made, list | tuple) else made
+    if made is None:
+        raise UnsupportedNetwork(f"{label}: {_version()} has no model for a config of {config.model_type!r}", _OWN)
+    modality = _modality(made, raw, label)
+    outputs = ("cls", "logits") if with_logits else ("cls", "patches") if modality == "image" else ()
+    return modality, outputs, read_preprocessing(folder, label) if modality == "image" else None
+
+
+def _has_logits(raw: Mapping[str, Any], asked: bool, label: str) -> bool:
+    found = any(re.search(_CLASSIFIER, str(name)) for name in raw.get("architectures") or ())
+    if asked and not found:
+        raise UnsupportedNetwork(
+            f"{label} has no classifier: its config.json says {', '.join(raw.get('architectures') or ['nothing'])}",
+            "leave #logits out, or use a checkpoint of ...ForImageClassification",
+        )
+    return found
 
 
 def rebuilt(spec: WholeSpec) -> WholeNetwork:

@@ -70,16 +70,19 @@ def digest_of(fingerprint: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(fingerprint)).hexdigest()
 
 
-def differences(cached: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """One phrase per differing entry, both values shown, in the order of the dataclass."""
+def differing(cached: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """The keys whose values differ, in the order of the dataclass."""
     order = [field.name for field in dataclasses.fields(Fingerprint)]
     keys = order + sorted((set(cached) | set(asked)) - set(order))
-    phrases = []
-    for key in keys:
-        a, b = cached.get(key), asked.get(key)
-        if a != b:
-            phrases.append(f"{_WORDS.get(key, key)} {_short(a)} in the cache, {_short(b)} asked for")
-    return phrases
+    return [key for key in keys if cached.get(key) != asked.get(key)]
+
+
+def differences(cached: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """One phrase per differing entry, both values shown, in the order of the dataclass."""
+    return [
+        f"{_WORDS.get(key, key)} {_short(cached.get(key))} in the cache, {_short(asked.get(key))} asked for"
+        for key in differing(cached, asked)
+    ]
 
 
 def _short(value: Any) -> str:
@@ -89,12 +92,13 @@ def _short(value: Any) -> str:
     return f"{text[:12]}..." if len(text) == 64 and text.isalnum() else text
 
 
-def require_same(field: str, cached: dict[str, Any], asked: Fingerprint, cache: str) -> None:
-    """Raises FingerprintMismatch with the differences in words and the way out."""
+def require_same(field: str, cached: dict[str, Any], asked: Fingerprint, cache: str, way_out: str = "") -> None:
+    """Raises FingerprintMismatch with the differences in words and the way out, the usual one unless it is given."""
     found = differences(cached, asked.to_json())
     if found:
         raise FingerprintMismatch(
             f"{cache} field {field} was computed differently: " + "; ".join(found),
-            "repeat the settings of the cache (`emkum cache info --json` shows them), give another teacher another "
+            way_out
+            or "repeat the settings of the cache (`emkum cache info --json` shows them), give another teacher another "
             "name with --name, or write to another folder with --cache",
         )

@@ -28,6 +28,7 @@ from emkum.models.audio_pass import AudioPass
 from emkum.models.catalogue import load_network
 from emkum.models.network import Network
 from emkum.models.passes import TARGETS, FrozenPass, Wanted, chosen_device, wanted_target
+from emkum.models.tokenizer import differing as differing_tokenizers
 from emkum.shards.audit import printable
 from emkum.shards.fingerprint import differences
 from emkum.shards.layout import FORMAT, canonical_json
@@ -243,9 +244,11 @@ def _require_same(cache: Cache, field: Field, network: Network) -> None:
     }
     if network.preprocessing is not None:
         now |= {"mean": list(network.preprocessing.mean), "std": list(network.preprocessing.std)}
-    if network.tokenizer is not None:
-        now["tokenizer"] = hashlib.sha256(network.tokenizer).hexdigest()
     cached = field.fingerprint
+    if network.tokenizer is not None and cached.get("tokenizer"):
+        kept = _kept_tokenizer(cache, cached["tokenizer"])  # may have other bytes and give the same ids
+        same = kept is not None and not differing_tokenizers(network.tokenizer, kept)
+        now["tokenizer"] = cached["tokenizer"] if same else hashlib.sha256(network.tokenizer).hexdigest()
     asked = cached | {key: value for key, value in now.items() if cached.get(key) is not None}
     found = differences(cached, asked)
     if found:
@@ -299,11 +302,15 @@ def _wanted(field: Field, network: Network) -> Wanted:
 
 def _tokenizer(cache: Cache, digest: str, networks: Collection[Network]) -> bytes:
     """The tokenizer that the cache keeps, or the network's own, which is the same."""
+    return _kept_tokenizer(cache, digest) or next(n.tokenizer for n in networks if n.tokenizer is not None)
+
+
+def _kept_tokenizer(cache: Cache, digest: str) -> bytes | None:
     for model in cache.models:
         path = cache.model_dir(model) / "tokenizer.json"
         if path.is_file() and hashlib.sha256(content := path.read_bytes()).hexdigest() == digest:
             return content
-    return next(n.tokenizer for n in networks if n.tokenizer is not None)
+    return None
 
 
 # --- which rows ------------------------------------------------------------------------------------------

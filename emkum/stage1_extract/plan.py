@@ -44,10 +44,11 @@ from emkum.models.passes import (
 )
 from emkum.models.sources import read_source
 from emkum.models.supervision import Guard
-from emkum.models.targets import LayersRule, named_rule, rule_from_text
+from emkum.models.targets import LayersRule, named_rule, recorded_rule, rule_as_text, rule_from_text
+from emkum.models.tokenizer import differing as differing_tokenizers
 from emkum.models.whole import WholeNetwork
 from emkum.shards.claims import Claims
-from emkum.shards.fingerprint import Fingerprint, require_same
+from emkum.shards.fingerprint import Fingerprint, differing, require_same
 from emkum.shards.layout import (
     MAX_ROWS_PER_BLOCK,
     STORAGES,
@@ -275,6 +276,7 @@ class Plan:
     filtered: int  # samples with neither picture, caption nor sound
     duplicate_keys: int  # keys that appear in more than one tar
     audio_pass: AudioPass | None = None
+    notes: tuple[str, ...] = ()  # what the user should know before the run
 
     @property
     def store(self) -> Store:
@@ -403,6 +405,8 @@ def make_plan(
     writer.clear_unfinished(claims)
     writer.require_segments()
     receipts = {name: writer.receipts(name) for name in fields}
+    new = {name for name, found in receipts.items() if not found and writer.field_record(name) is None}
+    notes = () if config.targets else tuple(_new_defaults(writer, fields, new))
     read = {}
     if crops is not None:
         crops = open_crops(found.store, config.side)  # again: of its blocks, too, some may have been cleared
@@ -455,6 +459,7 @@ def make_plan(
         sum(tar.filtered for tar in tars),
         len(keys) - len({key for _, key in keys}),
         audio_pass,
+        notes,
     )
 
 
@@ -740,9 +745,12 @@ def _fields(
             outputs = text_pass.texts(torch.zeros(1, config.max_tokens, dtype=torch.int64), mask)
             for (want, (name, kind)), output in zip(wanted.items(), outputs, strict=True):
                 network = text_pass.networks[want.network]
-                if network.tokenizer != source.tokenizer:
+                if network.tokenizer is None:
+                    raise UnsupportedNetwork(f"{network.name} comes without a tokenizer", "give a folder that has one")
+                if keys := differing_tokenizers(network.tokenizer, source.tokenizer):
                     raise UsageError(
-                        f"teacher {network.name} and text encoder {source.name} have different tokenizers",
+                        f"teacher {network.name} and text encoder {source.name} have different tokenizers: they differ "
+                        f"in {', '.join(keys)}",
                         "use a teacher and a --text-encoder with the same tokenizer, or --text-encoder none",
                     )
                 spec = _spec(config, name, kind, want, output)
@@ -929,6 +937,7 @@ def _common(spec: FieldSpec, network: Network, want: Wanted, compute: str) -> di
         "logits": "classifier logits",
         "top_logits": f"the {want.top} largest classifier logits, log-sum-exp of the others",
     } | (AUDIO_OUTPUTS if network.modality == "audio" else {})
+    exact = want.what in ("logits", "top_logits") and compute != "float32" and _has_exact_logits(network)
     # A field without an entry has the rule of the thesis: so had all, before there were others.
     other_rule = want.rule if want.rule != named_rule("thesis", network.modality) else None
     return {
@@ -938,10 +947,19 @@ def _common(spec: FieldSpec, network: Network, want: Wanted, compute: str) -> di
         "weights": network.weights_sha256,
         "family": network.family,
         "architecture": hashlib.sha256(canonical_json(network.backbone.spec.to_json())).hexdigest(),
-        "output": outputs[want.what],
+        "output": outputs[want.what] + (_EXACT if exact else ""),
         "compute": compute,
         "layers": other_rule.to_json() if other_rule else None,
     }
+
+
+_EXACT = ", float32 head"
+
+
+def _has_exact_logits(network: Network) -> bool:
+    """Whether the classifier computes in float32 whatever the rest does."""
+    backbone = network.backbone
+    return bool(backbone.classifiers) if isinstance(backbone, WholeNetwork) else True
 
 
 def _environment(network: Network, device: torch.device, what: str = "") -> dict[str, Any]:
@@ -981,7 +999,47 @@ def _check_record(writer: CacheWriter, field: PlannedField) -> None:
     if record is not None:
         cached = record["fingerprint"]
         asked = replace(field.fingerprint, statistics=cached.get("statistics"))
-        require_same(field.spec.name, cached, asked, writer.store.url)
+        require_same(field.spec.name, cached, asked, writer.store.url, _way_back(field.spec, cached, asked))
+
+
+_BESIDE = "give the teacher another name with --name, or write to another folder with --cache"
+
+
+def _way_back(spec: FieldSpec, cached: dict[str, Any], asked: Fingerprint) -> str:
+    """The flag that goes on with a field which differs from this run's in that alone; "" where there is none."""
+    keys = set(differing(cached, asked.to_json()))
+    if not keys or not keys <= {"layers", "output", "row_shape"}:
+        return ""
+    if "layers" in keys:
+        modality = spec.name.split("/")[2]
+        return (
+            f"go on with the rule of the cache: --layers {rule_as_text(recorded_rule(cached, modality), modality)}; "
+            f"or {_BESIDE}"
+        )
+    if spec.kind == "top_logits" and "row_shape" in keys:
+        return f"go on with as many as the cache has: --logits-top {cached['row_shape'][0] - 1}; or {_BESIDE}"
+    if asked.output == f"{cached.get('output')}{_EXACT}":
+        return f"they were rounded to {asked.compute} by emkum 0.2 and are not any more: {_BESIDE}"
+    return ""
+
+
+def _new_defaults(writer: CacheWriter, fields: dict[str, PlannedField], new: Collection[str]) -> list[str]:
+    """A line for every target that nobody named and that is new beside others of the same network: defaults change."""
+    lines = []
+    for name, field in fields.items():
+        before = name.rpartition("/")[0]
+        if name not in new or field.wanted is None or field.wanted.what in ("tokens", "top_logits"):
+            continue
+        others = {other: writer.field_record(f"{before}/{other}") for other in TARGETS}
+        weights = field.fingerprint.weights
+        there = [o for o, record in others.items() if record and record["fingerprint"].get("weights") == weights]
+        if there:
+            now = [other.rpartition("/")[2] for other in fields if other.startswith(f"{before}/")]
+            lines.append(
+                f"new field {name} beside {', '.join(there)}: the default targets of {field.wanted.network} are now "
+                f"{', '.join(now)}; --targets {','.join(there)} goes on with what is there"
+            )
+    return lines
 
 
 # --- data ----------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def bill(plan: Plan) -> list[str]:
             size = plan.field_bytes(name)
             bound = "at most " if field.spec.is_ragged else ""
             lines.append(f"  {name}: {rows:,} rows, {bound}{readable_bytes(size)} as {field.spec.storage}")
-    lines += [f"  {line}" for line in sharing_lines(plan)]
+    lines += [f"  {line}" for line in (*plan.notes, *sharing_lines(plan))]
     alone = plan.config.workers is None and plan.config.scheduler is None
     seconds = _expected_seconds(plan) if alone else None
     time_text = f", about {duration(seconds)} (forward only, measured on one batch)" if seconds is not None else ""

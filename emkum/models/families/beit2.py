@@ -29,7 +29,11 @@ def recognises(shapes: Shapes) -> bool:
 
 def key_map(checkpoint: Checkpoint) -> KeyMap:
     """Everything is inferred from the shapes: the file has no configuration. Refuses fine-tuned files."""
-    return original_key_map(checkpoint, "beit2", "a file named ..._pt1k.pth, such as beit2 in the catalogue")
+    instead = (
+        "a file named ..._pt1k.pth, such as beit2 in the catalogue; or, where labels are meant, beit2-ft of the "
+        f"catalogue, or the folder that emkum teachers convert {checkpoint.label} --family beit2-ft --out DIR makes"
+    )
+    return original_key_map(checkpoint, "beit2", instead)
 
 
 def original_key_map(checkpoint: Checkpoint, family: str, instead: str) -> KeyMap:

@@ -11,14 +11,13 @@ from typing import Any
 
 from emkum.errors import UnsupportedNetwork, WeightsUnavailable
 from emkum.models.backbone import BackboneSpec
-from emkum.models.families.checkpoint import Checkpoint, KeyMap, Shapes, refuse_fine_tuned
+from emkum.models.families.checkpoint import Checkpoint, KeyMap, Shapes, heads_of_64, refuse_fine_tuned
 from emkum.models.families.family import CatalogueEntry, Family
 from emkum.models.multiway import MultiwaySpec
 from emkum.models.preprocessing import HALF, Preprocessing
 from emkum.models.sentencepieces import tokenizer_of
 
 Sources = dict[str, str | tuple[str, ...]]
-HEAD_WIDTH = 64  # channels of an attention head, in both sizes; the file does not say
 FIRST_POSITION = 2  # row of the position tables that the first token uses, as fairseq's
 INSTEAD = "the file of the pre-training, such as beit3 in the catalogue"
 WAY = {"image": "A", "text": "B"}
@@ -54,7 +53,7 @@ def image_key_map(checkpoint: Checkpoint) -> KeyMap:
         sources |= _attention(f"stack.blocks.{i}", i, "image") | _feed_forward(f"stack.blocks.{i}", i, "image")
     sources |= _ends("norm", "encoder.layer_norm.A")
     changes = {"embedding.positions": lambda table: table[FIRST_POSITION:]}
-    return KeyMap(spec, sources, (*_TEXT_ONLY, *_ALWAYS_DROPPED), changes)
+    return KeyMap(spec, sources, (*_TEXT_ONLY, *_ALWAYS_DROPPED), changes, {"heads": spec.heads})
 
 
 def text_key_map(checkpoint: Checkpoint) -> KeyMap:
@@ -65,7 +64,7 @@ def text_key_map(checkpoint: Checkpoint) -> KeyMap:
     for i in range(spec.depth):
         sources |= _attention(f"stack.blocks.{i}", i, "text") | _feed_forward(f"stack.blocks.{i}", i, "text")
     sources |= _ends("norm", "encoder.layer_norm.B")
-    return KeyMap(spec, sources, (*_IMAGE_ONLY, *_ALWAYS_DROPPED))
+    return KeyMap(spec, sources, (*_IMAGE_ONLY, *_ALWAYS_DROPPED), inferred={"heads": spec.heads})
 
 
 def pair_key_map(checkpoint: Checkpoint) -> KeyMap:
@@ -80,7 +79,7 @@ def pair_key_map(checkpoint: Checkpoint) -> KeyMap:
     for modality, way in WAY.items():
         sources |= _ends(f"norms.{modality}", f"encoder.layer_norm.{way}")
     changes = {"image.positions": lambda table: table[FIRST_POSITION:]}
-    return KeyMap(spec, sources, _ALWAYS_DROPPED, changes)
+    return KeyMap(spec, sources, _ALWAYS_DROPPED, changes, {"heads": spec.image.heads})
 
 
 def tokenizer(folder: Path) -> bytes:
@@ -115,7 +114,7 @@ def _shared_spec(checkpoint: Checkpoint, way: str) -> dict[str, Any]:
     return {
         "depth": 1 + max(map(int, layers)),
         "width": width,
-        "heads": max(1, width // HEAD_WIDTH),
+        "heads": heads_of_64(checkpoint.label, width),  # as both sizes have them; the file does not say
         "mlp_width": mlp_width,
     }
 

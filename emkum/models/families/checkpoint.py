@@ -40,12 +40,14 @@ class KeyMap:
     sources: our tensor -> the checkpoint's; of several, the rows one after the other (query, key, value).
     drop: patterns of tensors that are known and not needed; any other tensor left over is refused.
     changes: of some of ours, what is done with the tensor read: a part cut out, axes exchanged.
+    inferred: what neither a shape nor a config tells, such as the attention heads, and what was taken for it.
     """
 
     spec: Architecture
     sources: Mapping[str, str | tuple[str, ...]]
     drop: tuple[str, ...] = ()
     changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    inferred: Mapping[str, int] = field(default_factory=dict)
 
 
 class Checkpoint:
@@ -207,6 +209,17 @@ def refuse_fine_tuned(checkpoint: Checkpoint, heads: str, instead: str) -> None:
     if found or trained_as:
         sign = f"it has {found[0]}" if found else f"its config.json says {trained_as[0]}"
         raise UnsupportedNetwork(f"{checkpoint.label} is fine-tuned with labels: {sign}", f"use {instead}")
+
+
+def heads_of_64(label: str, width: int) -> int:
+    """The attention heads where every released size has them 64 channels wide. Raises UnsupportedNetwork for others."""
+    if width > 1024 or width % 64:
+        raise UnsupportedNetwork(
+            f"{label} is {width} wide and does not say how many heads its attention has; 64 channels a head are known "
+            "of widths up to 1024 alone",
+            "use a released file; docs/teachers.md lists them",
+        )
+    return width // 64
 
 
 def is_untrained_norm(checkpoint: Checkpoint, prefix: str) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emkum.errors import UnsupportedNetwork
 from emkum.models.backbone import BackboneSpec
-from emkum.models.families.checkpoint import Checkpoint, KeyMap, Shapes, refuse_fine_tuned
+from emkum.models.families.checkpoint import Checkpoint, KeyMap, Shapes, heads_of_64, refuse_fine_tuned
 from emkum.models.families.family import CatalogueEntry, Family
 from emkum.models.preprocessing import Preprocessing
 
@@ -79,7 +79,8 @@ def key_map(checkpoint: Checkpoint, teacher: bool = False) -> KeyMap:
         of_prenet = f"{encoder}.context_encoder.blocks.{i}"
         sources |= block_sources(i, of_prenet if i < prenet else f"{stem}blocks.{i - prenet}")
     drop = (PRETRAINING, rf"{IMAGE}\.encoder_mask$", r"^(?!_ema\.)" if teacher else r"^_ema\.")
-    return KeyMap(spec, sources, drop, {"embedding.positions": _without_one_of_cls})
+    changes = {"embedding.positions": _without_one_of_cls}
+    return KeyMap(spec, sources, drop, changes, inferred_heads(checkpoint, spec.heads))
 
 
 def _without_one_of_cls(table: Tensor) -> Tensor:
@@ -126,7 +127,13 @@ def options_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def heads_of(checkpoint: Checkpoint, width: int) -> int:
     """The attention heads, which no shape tells: as the options say, else of 64 channels, 16 of 80 in the huge one."""
-    return int(options_of(checkpoint).get("num_heads") or 0) or (16 if width == 1280 else max(1, width // 64))
+    told = int(options_of(checkpoint).get("num_heads") or 0)
+    return told or (16 if width == 1280 else heads_of_64(checkpoint.label, width))
+
+
+def inferred_heads(checkpoint: Checkpoint, heads: int) -> dict[str, int]:
+    """`KeyMap.inferred`: nothing where the options tell the heads."""
+    return {} if options_of(checkpoint).get("num_heads") else {"heads": heads}
 
 
 # --- entries ---------------------------------------------------------------------------------------------
@@ -137,6 +144,10 @@ def _entry(name: str, file: str, width: int, depth: int, notes: str, patch: int 
     source = f"{RELEASE}/{file}"
     return CatalogueEntry(name, source, "none", "CC-BY-NC-4.0", width, depth, patch=patch, tokens=tokens, notes=notes)
 
+
+# Depth -> how many last blocks the training averaged, without a prenet (fairseq, examples/data2vec/config/v2, large and
+# huge: average_top_k_layers).
+_LAST = {24: 18, 32: 24}
 
 # Evaluated on the centre 224 px of 256.
 _PICTURES = Preprocessing(crop_fraction=0.875)
@@ -153,6 +164,7 @@ FAMILIES = (
         recognises=recognises,
         default_targets=("layers",),
         layers_rule="data2vec2",
+        layers_last=_LAST,
         entries=(
             _entry("data2vec2-image", "base_imagenet.pt", 768, 12, "the first 2 blocks are its prenet"),
             _entry("data2vec2-image-large", "large_imagenet.pt", 1024, 24, "no prenet"),
@@ -169,6 +181,7 @@ FAMILIES = (
         preprocessing=_PICTURES,
         default_targets=("layers",),
         layers_rule="data2vec2",
+        layers_last=_LAST,
         entries=(_entry("data2vec2-image-ema", "base_imagenet.pt", 768, 12, "the first 2 blocks are its prenet"),),
     ),
 )

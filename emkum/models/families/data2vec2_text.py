@@ -15,6 +15,7 @@ from emkum.models.families.data2vec2 import (
     block_sources,
     count_of,
     heads_of,
+    inferred_heads,
     options_of,
     stem_of,
 )
@@ -66,7 +67,8 @@ def key_map(checkpoint: Checkpoint, teacher: bool = False) -> KeyMap:
     }
     for i in range(spec.depth):
         sources |= block_sources(i, f"{blocks}.{i}")
-    return KeyMap(spec, sources, (PRETRAINING, r"^blocks\." if stem else r"^_ema\."))
+    drop = (PRETRAINING, r"^blocks\." if stem else r"^_ema\.")
+    return KeyMap(spec, sources, drop, inferred=inferred_heads(checkpoint, spec.heads))
 
 
 def _entry(name: str, notes: str) -> CatalogueEntry:

@@ -36,12 +36,13 @@ def text_key_map(checkpoint: Checkpoint) -> KeyMap:
     if missing := [name for name in (fc1, positions) if name not in shapes]:
         raise UnsupportedNetwork(f"{checkpoint.label} is no data2vec of texts: it lacks {', '.join(missing)}")
     vocab_size, width = shapes[f"{_TEXT}.embed_tokens.weight"]
+    told = _heads(checkpoint)
     spec = BackboneSpec(
         family="data2vec-text",
         modality="text",
         depth=count_of(shapes, f"{_TEXT}.layers"),
         width=width,
-        heads=_heads(checkpoint, width),
+        heads=told or heads_of(checkpoint, width),
         mlp_width=shapes[fc1][0],
         norm_order="post",
         eps=1e-5,
@@ -71,10 +72,11 @@ def text_key_map(checkpoint: Checkpoint) -> KeyMap:
                 f"{ours}.norm2.{end}": f"{theirs}.final_layer_norm.{end}",
             }
     drop = (r"^encoder\.(regression_head|lm_head|_ema)\.", r"^encoder\.sentence_encoder\.version$")
-    return KeyMap(spec, sources, drop)
+    return KeyMap(spec, sources, drop, inferred={} if told else {"heads": spec.heads})
 
 
-def _heads(checkpoint: Checkpoint, width: int) -> int:
+def _heads(checkpoint: Checkpoint) -> int:
+    """As the training's options say; 0 where the file holds none."""
     options = checkpoint.config.get("model") or {}
     found = ((options.get("transformer") or {}).get("encoder") or {}).get("attention_heads")
-    return int(found) if found else heads_of(checkpoint, width)
+    return int(found or 0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from emkum.models.backbone import Modality
@@ -72,9 +72,11 @@ class Family:
     `trust_preprocessor` is False where the published preprocessor_config.json is known to be wrong; then
     `preprocessing` alone holds.
     recognises: whether tensors of these names and shapes, without any config.json, are an original file of the family.
+    timm_tag: how timm tags its weights in config.json, where their tensors are named as another family's.
     tokenizer: the bytes of a tokenizer from the folder of the checkpoint, where it is not a tokenizer.json.
     default_targets: what is kept of a teacher unless the user says. layers_rule: which rule `layers` follows then, a
-    name of `emkum.models.targets`. spec: the class of its architectures, if it is none of emkum.models.backbone.
+    name of `emkum.models.targets`; layers_last: depth -> how many last blocks it counts in networks without a prenet,
+    where that is not as the name says. spec: the class of its architectures, if it is none of emkum.models.backbone.
     """
 
     name: str
@@ -85,9 +87,11 @@ class Family:
     preprocessing: Preprocessing | None = None
     trust_preprocessor: bool = True
     recognises: Callable[[Shapes], bool] | None = None
+    timm_tag: str = ""
     tokenizer: Callable[[Any], bytes] | None = None
     default_targets: tuple[str, ...] = ("cls", "patches")
     layers_rule: str = "thesis"
+    layers_last: Mapping[int, int] = field(default_factory=dict)
     spec: type | None = None
     phrase: str = ""
     entries: tuple[CatalogueEntry, ...] = ()

@@ -14,8 +14,9 @@ from emkum.errors import UnsupportedNetwork
 from emkum.models import families
 from emkum.models.audio import AudioBackbone
 from emkum.models.backbone import Backbone, BackboneSpec, Modality
-from emkum.models.families.checkpoint import Architecture, Checkpoint, Shapes, read_tensors
+from emkum.models.families.checkpoint import Architecture, Checkpoint, KeyMap, Shapes, read_tensors
 from emkum.models.families.family import CatalogueEntry, Family
+from emkum.models.families.timm_folders import tag_of
 from emkum.models.resnet import ResNet
 from emkum.models.whole import WholeSpec
 
@@ -48,11 +49,14 @@ _SPECS: dict[str, type[Any]] = {
 def family_of(checkpoint: Checkpoint, modality: Modality | None = None) -> Family:
     """The family that reads config.json's model_type: that of `modality`, else of pictures where several towers are.
 
-    Without a model_type, as timm keeps its folders, that which recognises the tensors. Raises UnsupportedNetwork if
-    there is none.
+    Without a model_type, as timm keeps its folders, that of its tag or that which recognises the tensors. Raises
+    UnsupportedNetwork if there is none.
     """
     model_type = checkpoint.config.get("model_type")
     if model_type is None and is_original(checkpoint.shapes):
+        tag = tag_of(checkpoint.config)
+        if tagged := [family for family in FAMILIES if family.timm_tag and family.timm_tag == tag]:
+            return _tower(tagged, modality, checkpoint.label, "")
         return family_of_original(checkpoint.shapes, checkpoint.label, modality)
     fitting = [family for family in FAMILIES if model_type in family.model_types]
     known = ", ".join(sorted({t for family in FAMILIES for t in family.model_types}))
@@ -97,13 +101,25 @@ def family_named(name: str, modality: Modality) -> Family | None:
 
 def read_backbone(family: Family, checkpoint: Checkpoint) -> Backbone | ResNet | AudioBackbone:
     """The checkpoint's network in float32, frozen and in evaluation mode. Raises UnsupportedNetwork."""
+    key_map = key_map_of(family, checkpoint)
     checkpoint = checkpoint.renamed(family.rename)
-    key_map = family.key_map(checkpoint)
     backbone = empty_backbone(key_map.spec)
     state = read_tensors(checkpoint, key_map, backbone.state_dict())
     backbone.load_state_dict(state, strict=True, assign=True)
     found: Backbone | ResNet | AudioBackbone = frozen(backbone)
     return found
+
+
+def key_map_of(family: Family, checkpoint: Checkpoint) -> KeyMap:
+    """How the family reads this checkpoint. Raises UnsupportedNetwork also where it lacks what the family counts on."""
+    try:
+        return family.key_map(checkpoint.renamed(family.rename))
+    except (KeyError, IndexError, ValueError) as error:
+        lacks = f"lacks {error.args[0]}" if isinstance(error, KeyError) else "lacks tensors, or has others of that name"
+        raise UnsupportedNetwork(
+            f"{checkpoint.label} is no {family.name} as we know it: it {lacks}",
+            "use a whole checkpoint, with its config.json where it has one; docs/teachers.md lists them",
+        ) from error
 
 
 def spec_of(architecture: dict[str, Any]) -> Architecture:

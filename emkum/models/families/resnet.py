@@ -5,8 +5,11 @@ from __future__ import annotations
 from emkum.errors import UnsupportedNetwork
 from emkum.models.families.checkpoint import Checkpoint, KeyMap, Shapes
 from emkum.models.families.family import CatalogueEntry, Family
+from emkum.models.families.timm_folders import require_name
 from emkum.models.preprocessing import Preprocessing
 from emkum.models.resnet import ResNetSpec
+
+PLAIN = r"^resnet(18|26|34|50|101|152)(\.|$)"  # timm's names of what we compute
 
 
 def key_map(checkpoint: Checkpoint) -> KeyMap:
@@ -50,7 +53,11 @@ def recognises_timm(shapes: Shapes) -> bool:
 
 
 def timm_key_map(checkpoint: Checkpoint) -> KeyMap:
-    """Everything is inferred from the shapes, but for strides, which are those of version 1.5."""
+    """Everything is inferred from the shapes, but for strides, which are those of version 1.5.
+
+    Refuses a folder of timm that is named as a variant: of resnetblur50 and others the tensors are a resnet50's.
+    """
+    require_name(checkpoint, PLAIN, "its tensors are named as a plain ResNet's, but it may compute otherwise")
     shapes = checkpoint.shapes
     last = "conv3" if "layer1.0.conv3.weight" in shapes else "conv2"
     depths = tuple(1 + max(int(n.split(".")[1]) for n in shapes if n.startswith(f"layer{s}.")) for s in range(1, 5))

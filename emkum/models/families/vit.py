@@ -13,6 +13,10 @@ from emkum.models.preprocessing import Preprocessing
 
 def key_map(checkpoint: Checkpoint, family: str = "vit", instead: str = "dino-s16") -> KeyMap:
     """Refuses classifiers: a ViT with one was trained with labels. instead: what to use then."""
+    if family == "vit" and any(
+        "ForImageClassification" in str(a) for a in checkpoint.config.get("architectures") or ()
+    ):
+        instead += f"; or, where its classifier is meant, {checkpoint.label}#logits"
     refuse_fine_tuned(checkpoint, r"^(classifier|cls_classifier|distillation_classifier|head|fc_norm)\.", instead)
     config = checkpoint.config
     spec = image_spec(family, config, vision_eps(config))

@@ -60,7 +60,7 @@ def image_key_map(checkpoint: Checkpoint) -> KeyMap:
             sources[f"stack.biases.{i}.table"] = TABLE
             changes[f"stack.biases.{i}.table"] = partial(image_table, layer=i, spec=spec)
     sources |= _ends("norm", "transformer.norm")
-    return KeyMap(spec, sources, (*_OF_TEXT, *_OF_PAIRS, _HEADS, _INDICES), changes)
+    return KeyMap(spec, sources, (*_OF_TEXT, *_OF_PAIRS, _HEADS, _INDICES), changes, _inferred(spec))
 
 
 def text_key_map(checkpoint: Checkpoint) -> KeyMap:
@@ -75,7 +75,8 @@ def text_key_map(checkpoint: Checkpoint) -> KeyMap:
             sources[f"stack.biases.{i}.table"] = TABLE
             changes[f"stack.biases.{i}.table"] = partial(text_table, layer=i, spec=spec)
     sources |= _ends("norm", "transformer.norm")
-    return KeyMap(spec, sources, (*_OF_IMAGE, *_OF_PAIRS, *_unused_positions(spec), _HEADS, _INDICES), changes)
+    drop = (*_OF_IMAGE, *_OF_PAIRS, *_unused_positions(spec), _HEADS, _INDICES)
+    return KeyMap(spec, sources, drop, changes, _inferred(spec))
 
 
 def pair_key_map(checkpoint: Checkpoint) -> KeyMap:
@@ -106,7 +107,8 @@ def pair_key_map(checkpoint: Checkpoint) -> KeyMap:
             changes[f"{bias}.cross"] = partial(cross_rows, layer=i, spec=text)
     sources |= _ends("norms.both", "transformer.norm")
     left_over = tuple(rf"^transformer\.blocks\.{i}\.(norm2|mlp)_(imag|text)\." for i in fused)
-    return KeyMap(spec, sources, (*left_over, *_unused_positions(text), _HEADS, _INDICES), changes)
+    drop = (*left_over, *_unused_positions(text), _HEADS, _INDICES)
+    return KeyMap(spec, sources, drop, changes, _inferred(image))
 
 
 # The table has a row per offset and a column per layer and head. Its rows: those of BEiT for the picture (offsets, CLS
@@ -162,6 +164,11 @@ def _shared_spec(checkpoint: Checkpoint, expert: str) -> dict[str, Any]:
     depth = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("transformer.blocks."))
     heads = shapes[TABLE][1] // depth if TABLE in shapes else HEADS_WITHOUT_TABLE
     return {"depth": depth, "width": width, "heads": heads, "mlp_width": mlp_width}
+
+
+def _inferred(spec: BackboneSpec) -> dict[str, int]:
+    """`KeyMap.inferred`: the heads where there is no table to count them in."""
+    return {"heads": spec.heads} if spec.relative_bias == "none" else {}
 
 
 def _image_spec(checkpoint: Checkpoint) -> BackboneSpec:
