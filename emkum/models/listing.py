@@ -40,7 +40,7 @@ HEADINGS: dict[Modality, str] = {
     "image": "pictures",
     "text": f"texts, of {MAX_TOKENS} tokens",
     "audio": "sound, a second of it",
-    "pair": "pairs of picture and text, not extracted yet",
+    "pair": "pairs, not extracted yet",
 }
 
 _COLOURS = {(IMAGENET_MEAN, IMAGENET_STD): "ImageNet", (CLIP_MEAN, CLIP_STD): "CLIP", (HALF, HALF): "0.5"}
