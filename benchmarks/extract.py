@@ -33,8 +33,8 @@ from emkum.models.network import normalise
 from emkum.models.passes import good_compute
 from emkum.shards.datasets.scenes import write_scenes
 from emkum.shards.tars import find_tars, read_member, scan_tars
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.extract import extract
-from emkum.stage1_extract.plan import ExtractConfig
 
 
 def main() -> None:

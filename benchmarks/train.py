@@ -27,8 +27,8 @@ from machine import machine
 from random_networks import VISION, random_text, random_vision
 
 from emkum.shards.datasets.scenes import write_scenes
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.extract import extract
-from emkum.stage1_extract.plan import ExtractConfig
 
 FLAGS: dict[str, dict] = {"cached": {}, "live": {"live": True}, "compiled": {"compile": True}}
 

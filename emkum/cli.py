@@ -263,8 +263,8 @@ def extract(
 
         Claims(open_store(_place(cache))).require_alone()
 
+    from emkum.stage1_extract.config import DEFAULT_DATA, ExtractConfig
     from emkum.stage1_extract.extract import extract as run_extract
-    from emkum.stage1_extract.plan import DEFAULT_DATA, ExtractConfig
 
     config = ExtractConfig(
         teacher=tuple(teacher),

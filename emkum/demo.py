@@ -25,8 +25,8 @@ from emkum.shards.datasets.scenes import write_scenes
 from emkum.shards.durable import write_file
 from emkum.shards.reader import Cache
 from emkum.shards.tars import read_member
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.extract import extract
-from emkum.stage1_extract.plan import ExtractConfig
 from emkum.stage2_train.evaluate.encode import Settings
 from emkum.stage2_train.evaluate.results import BEFORE, STUDENT, table, write_results
 from emkum.stage2_train.evaluate.retrieval import on_grid, ranks

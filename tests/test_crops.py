@@ -26,10 +26,9 @@ from emkum.shards.reader import Cache
 from emkum.shards.verify import verify
 from emkum.shards.views import Box, replay_view
 from emkum.stage1_extract import extract as extract_module
-from emkum.stage1_extract import live_check, pictures
-from emkum.stage1_extract import plan as plan_module
+from emkum.stage1_extract import fields, live_check, pictures, plan
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.encode import Output, encode_outputs
-from emkum.stage1_extract.plan import ExtractConfig
 
 CROPS, BOXES = "image/crops-16", "views/crop-0.9-1.0-seed-0/boxes"
 OTHER = "teacher/other/image/cls"
@@ -322,7 +321,7 @@ def test_a_batch_is_read_at_once_and_no_tar_is_opened(
 ) -> None:
     quiet(config)
     monkeypatch.setattr(pictures, "read_member", None)
-    monkeypatch.setattr(plan_module, "find_tars", None)
+    monkeypatch.setattr(plan, "find_tars", None)
     kept: list[int] = []
     from_crops = pictures.from_crops
 
@@ -411,7 +410,7 @@ def test_crops_that_another_decoder_made_keep_its_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(plan_module, "DECODER", "another/1")
+        patch.setattr(fields, "DECODER", "another/1")
         quiet(config)
     wanted = replace(further(config, networks), from_crops=True, data=(), size=None)
     quiet(wanted)

@@ -20,8 +20,8 @@ from emkum.demo import DemoConfig, Notes, demo_networks, nearest_size, read_metr
 from emkum.errors import IdentityMismatch, Interrupted, UnsupportedNetwork, UsageError, WeightsUnavailable
 from emkum.models.network import Network, save_network
 from emkum.shards.reader import Cache
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.extract import ExtractResult
-from emkum.stage1_extract.plan import ExtractConfig
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from emkum.shards.digest import digest
 from emkum.shards.reader import Cache
 from emkum.shards.store import LocalStore
 from emkum.shards.verify import verify
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.extract import extract
-from emkum.stage1_extract.plan import ExtractConfig
 from emkum.stage1_extract.writing import Writing
 from tests.extraction import Extraction, Running, make_pictures, save_teacher, temporaries
 

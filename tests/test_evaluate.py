@@ -30,8 +30,8 @@ from emkum.errors import (
 from emkum.models.network import load_saved, normalise, save_network
 from emkum.models.passes import FrozenPass
 from emkum.shards.reader import Cache
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.extract import extract
-from emkum.stage1_extract.plan import ExtractConfig
 from emkum.stage2_train import validation
 from emkum.stage2_train.evaluate import run as run_module
 from emkum.stage2_train.evaluate.contestants import Contestants

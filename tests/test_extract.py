@@ -35,9 +35,10 @@ from emkum.shards.views import Box, replay_view
 from emkum.stage1_extract import claimed
 from emkum.stage1_extract import extract as extract_module
 from emkum.stage1_extract.claimed import ClaimedBlocks
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.encode import Output, Rows, encode_outputs
 from emkum.stage1_extract.extract import extract, planned
-from emkum.stage1_extract.plan import ExtractConfig, Task, survey
+from emkum.stage1_extract.plan import Task, survey
 from emkum.stage1_extract.quarantine import Quarantine
 from emkum.stage1_extract.telling import Progress, bill
 

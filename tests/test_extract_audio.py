@@ -46,9 +46,10 @@ from emkum.shards.tars import scan_tar
 from emkum.shards.verify import Report
 from emkum.shards.verify import verify as verify_store
 from emkum.stage1_extract import sounds
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.extract import extract
 from emkum.stage1_extract.live_check import SampleConfig, check_sample, load_teachers, require_agreement
-from emkum.stage1_extract.plan import ExtractConfig, Task
+from emkum.stage1_extract.plan import Task
 from tests.extraction import Running, content, save_teacher
 from tests.sound_files import RATE, WIDTH, encoded, noise, save_ear, sine, sounds_tar, write_tar
 

@@ -26,7 +26,7 @@ from emkum.models.tokenizer import pad_id
 from emkum.models.whole import WholeNetwork
 from emkum.shards.reader import Cache
 from emkum.stage1_extract import live_check, workers
-from emkum.stage1_extract.plan import ExtractConfig
+from emkum.stage1_extract.config import ExtractConfig
 
 config, networks = test_extract.config, test_extract.networks  # fixtures
 

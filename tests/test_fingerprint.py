@@ -24,8 +24,8 @@ from emkum.shards.reader import Cache
 from emkum.shards.views import ViewPolicy
 from emkum.shards.writer import CacheWriter
 from emkum.stage1_extract import extract as extract_module
-from emkum.stage1_extract import plan as plan_module
-from emkum.stage1_extract.plan import ExtractConfig
+from emkum.stage1_extract import fields as fields_module
+from emkum.stage1_extract.config import ExtractConfig
 
 CLS = "teacher/vit/image/cls"
 
@@ -114,7 +114,7 @@ def another_emkum(name: str, value: Any) -> Callable[[Setting], ExtractConfig]:
     """A version of the code in which something of the planning is different."""
 
     def cause(setting: Setting) -> ExtractConfig:
-        setting.patch.setattr(plan_module, name, value)
+        setting.patch.setattr(fields_module, name, value)
         return setting.config
 
     return cause
@@ -124,14 +124,14 @@ def filed_otherwise(wanted: Wanted, other: Wanted, kind: str) -> Callable[[Setti
     """An emkum that puts another output, or another kind of field, under an old name."""
 
     def cause(setting: Setting) -> ExtractConfig:
-        usual = plan_module._image_wanted
+        usual = fields_module._image_wanted
 
         def unusual(*arguments: Any) -> dict[Wanted, tuple[str, str]]:
             found = usual(*arguments)
             return {(other if want == wanted else want): (name, kind if want == wanted else usual_kind)
                     for want, (name, usual_kind) in found.items()}  # fmt: skip
 
-        setting.patch.setattr(plan_module, "_image_wanted", unusual)
+        setting.patch.setattr(fields_module, "_image_wanted", unusual)
         return setting.config
 
     return cause

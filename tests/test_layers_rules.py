@@ -27,9 +27,9 @@ from emkum.shards.reader import Cache
 from emkum.shards.repair import repair
 from emkum.shards.store import LocalStore
 from emkum.shards.verify import verify
-from emkum.stage1_extract import plan
+from emkum.stage1_extract import fields
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.live_check import SampleConfig, check_sample, load_teachers, require_agreement
-from emkum.stage1_extract.plan import ExtractConfig
 
 CLASSES = 7
 LAYERS, TEXT_LAYERS = "teacher/vit/image/layers", "teacher/text/text/layers"
@@ -437,7 +437,7 @@ def test_logits_that_were_rounded_are_not_mixed_with_exact_ones(
 ) -> None:
     narrow = replace(top, compute="bfloat16", logits_top=None, targets=("cls", "logits"))
     with monkeypatch.context() as before:
-        before.setattr(plan, "_EXACT", "")
+        before.setattr(fields, "_EXACT", "")
         quiet(narrow)
     with pytest.raises(errors.FingerprintMismatch, match="classifier logits in the cache, classifier logits, float32"):
         quiet(narrow)

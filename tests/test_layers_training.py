@@ -17,8 +17,8 @@ from emkum.errors import UsageError
 from emkum.models.network import save_network
 from emkum.models.targets import RULES, LayersRule, named_rule
 from emkum.shards.reader import Cache
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.extract import extract
-from emkum.stage1_extract.plan import ExtractConfig
 from emkum.stage2_train.loader import Batch
 from emkum.stage2_train.losses import Terms, step_losses, students_rule, token_losses
 from emkum.stage2_train.recipe import FieldNames, load_recipe

@@ -19,8 +19,8 @@ from tiny_cache import CLASSES, POSITIONS, SIZE, make_cache, tiny_classifier, ti
 from emkum.errors import IdentityMismatch, SourceChanged
 from emkum.models.network import save_network
 from emkum.shards.reader import Cache
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.extract import extract
-from emkum.stage1_extract.plan import ExtractConfig
 from emkum.stage2_train.live import LiveSource
 from emkum.stage2_train.loader import Buffers, CachedSource
 from emkum.stage2_train.order import TrainOrder

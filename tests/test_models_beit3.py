@@ -27,7 +27,8 @@ from emkum.models.families.registry import CATALOGUE, read_backbone
 from emkum.models.multiway import Layout, Multiway, MultiwaySpec
 from emkum.models.network import Network, load_saved, save_network
 from emkum.models.passes import FrozenPass, Wanted
-from emkum.stage1_extract.plan import ExtractConfig, survey
+from emkum.stage1_extract.config import ExtractConfig
+from emkum.stage1_extract.plan import survey
 from tests.extraction import make_pictures
 from tests.test_models_families import TOLERANCE, relative
 from tests.test_models_tokenizer import trained_spm

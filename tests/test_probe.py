@@ -30,8 +30,8 @@ from emkum.shards.reader import Cache
 from emkum.shards.writer import CacheWriter
 from emkum.stage1_extract import extract as extract_module
 from emkum.stage1_extract import live_check, probe
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.extract import extract
-from emkum.stage1_extract.plan import ExtractConfig
 
 BOXES = "views/crop-0.9-1.0-seed-0/boxes"
 IMAGE_FIELDS = ("image/vit@2/tokens", "teacher/vit/image/cls", "teacher/vit/image/layers", BOXES)

@@ -16,8 +16,8 @@ from PIL import Image
 from emkum.models.catalogue import load_network
 from emkum.models.passes import FrozenPass, Wanted
 from emkum.shards.reader import Cache
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.extract import extract
-from emkum.stage1_extract.plan import ExtractConfig
 from emkum.stage2_train.train import TrainConfig, train
 
 ADAPTER = f"{Path(__file__).parent}/efficientnet_lite0:build"

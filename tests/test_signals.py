@@ -67,7 +67,7 @@ class Phase:
 EXTRACT = "emkum.stage1_extract.extract"
 SHORT = [
     Phase("the tars are scanned", "emkum.shards.tars", "scan_tar"),
-    Phase("networks are loaded", "emkum.stage1_extract.plan", "load_network"),
+    Phase("networks are loaded", "emkum.stage1_extract.networks", "load_network"),
     Phase(
         "int8's statistics are measured", "emkum.stage1_extract.statistics", "_add_moments", more=("--storage", "int8")
     ),

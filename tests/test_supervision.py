@@ -22,8 +22,10 @@ from emkum.models.families.registry import CATALOGUE
 from emkum.models.listing import show
 from emkum.models.network import save_network
 from emkum.models.supervision import Guard, judge, signs_in_tensors
+from emkum.stage1_extract import networks as networks_module
 from emkum.stage1_extract import plan
-from emkum.stage1_extract.plan import DEFAULT_TEXT_ENCODER, ExtractConfig
+from emkum.stage1_extract.config import ExtractConfig
+from emkum.stage1_extract.networks import DEFAULT_TEXT_ENCODER
 from tests.test_extract import make_tar, tiny_config, word_tokenizer
 from tests.test_models_beit2 import hf_model, original_state, write
 from tests.test_models_families import write_tokenizer
@@ -406,7 +408,7 @@ def test_teachers_and_encoders_are_refused_before_anything_is_done(
     place: str, config: ExtractConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "find_tars", lambda data: pytest.fail("the tars were looked at"))
-    monkeypatch.setattr(plan, "load_network", lambda source, name: pytest.fail("a network was loaded"))
+    monkeypatch.setattr(networks_module, "load_network", lambda source, name: pytest.fail("a network was loaded"))
     named = {"teacher": ("resnet50",)} if place == "teacher" else {place: "resnet50"}
     with pytest.raises(RefusedTeacher, match="resnet50 learned from labels"):
         plan.survey(replace(config, label_free=True, **named))  # type: ignore[arg-type]

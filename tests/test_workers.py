@@ -28,7 +28,8 @@ from emkum import errors
 from emkum.shards.digest import digest
 from emkum.shards.reader import Cache
 from emkum.stage1_extract import workers
-from emkum.stage1_extract.plan import ExtractConfig, Plan
+from emkum.stage1_extract.config import ExtractConfig
+from emkum.stage1_extract.plan import Plan
 
 config, networks = test_extract.config, test_extract.networks  # fixtures
 TORTURE = os.environ.get("EMKUM_TORTURE_MINUTES")

@@ -22,9 +22,10 @@ from emkum.shards.segments import read_captions
 from emkum.shards.shard_files import cores
 from emkum.stage1_extract import statistics as int8_statistics
 from emkum.stage1_extract.claimed import ClaimedBlocks
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.encode import Output, Rows, encode_crops, encode_outputs, for_device, host_buffer
 from emkum.stage1_extract.pictures import Batch, PictureStream, picture_source
-from emkum.stage1_extract.plan import ExtractConfig, Plan, Survey, Task, make_plan, require_room, survey
+from emkum.stage1_extract.plan import Plan, Survey, Task, make_plan, require_room, survey
 from emkum.stage1_extract.probe import check_committed
 from emkum.stage1_extract.quarantine import Quarantine
 from emkum.stage1_extract.scans import ScanMemory

@@ -44,9 +44,10 @@ from emkum.shards.shard_files import cores
 from emkum.shards.store import is_url, open_store
 from emkum.shards.strict_json import loads
 from emkum.shards.writer import CacheWriter
+from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.extract import extract, planned
 from emkum.stage1_extract.pictures import picture_table
-from emkum.stage1_extract.plan import ExtractConfig, Plan, Task, survey
+from emkum.stage1_extract.plan import Plan, Task, survey
 from emkum.stage1_extract.quarantine import Quarantine
 from emkum.stage1_extract.sounds import sound_table
 from emkum.stage1_extract.telling import ExtractResult, Say, beside_bars, closing_lines

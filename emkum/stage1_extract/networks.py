@@ -1,0 +1,251 @@
+"""The frozen networks of an extraction: loaded, completed with the encoders nobody named, kept in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from emkum.errors import (
+    CorruptCache,
+    FingerprintMismatch,
+    MissingCaptions,
+    NoData,
+    StorageFailure,
+    UnsupportedNetwork,
+    UsageError,
+    WeightsUnavailable,
+)
+from emkum.models.backbone import Modality
+from emkum.models.catalogue import load_network
+from emkum.models.families.registry import CATALOGUE
+from emkum.models.network import Network, network_files
+from emkum.models.passes import (
+    num_prenet,
+)
+from emkum.models.sources import read_source
+from emkum.models.whole import WholeNetwork
+from emkum.shards.layout import (
+    check_cache_name,
+    model_dir,
+)
+from emkum.shards.sounds import require_decoder
+from emkum.shards.store import exists
+from emkum.shards.strict_json import loads
+from emkum.shards.writer import CacheWriter
+from emkum.stage1_extract.config import Cut, ExtractConfig
+
+DEFAULT_TEXT_ENCODER = "bert-base"
+
+
+@dataclass(frozen=True)
+class Networks:
+    encoder: Network | None  # images
+    text_encoder: Network | None
+    teachers: tuple[Network, ...]
+
+    @property
+    def tokenizer(self) -> Network | None:
+        """The text network whose tokenizer makes the ids."""
+        if self.text_encoder is not None:
+            return self.text_encoder
+        return next((t for t in self.teachers if t.modality == "text"), None)
+
+    @property
+    def text_teachers(self) -> list[Network]:
+        return [t for t in self.teachers if t.modality == "text"]
+
+    @property
+    def audio_teachers(self) -> list[Network]:
+        return [t for t in self.teachers if t.modality == "audio"]
+
+    @property
+    def image_teachers(self) -> list[Network]:
+        return [t for t in self.teachers if t.modality == "image"]
+
+
+def load_networks(config: ExtractConfig) -> Networks:
+    loaded: dict[str, Network] = {}
+
+    def load(source: str, name: str | None = None) -> Network:
+        if source not in loaded:
+            entry = read_source(source).entry
+            _refuse_pairs(source, entry.modality if entry else None)  # before gigabytes of it are fetched
+            loaded[source] = load_network(source, name=name)
+            config.guard.check_loaded(source, loaded[source].supervision, loaded[source].modality)
+            _refuse_pairs(source, loaded[source].modality)
+            check_cache_name(loaded[source].name)
+        return loaded[source]
+
+    teachers = tuple(load(source, config.name) for source in config.teacher)
+    encoder = load(config.encoder) if config.encoder and config.encoder != "none" else None
+    if encoder is not None and encoder.modality != "image":
+        raise UsageError(
+            f"--encoder {config.encoder} is a {encoder.modality} network", "give it as --text-encoder instead"
+        )
+    text_encoder = None
+    if config.text_encoder and config.text_encoder != "none":
+        text_encoder = load(config.text_encoder)
+        if text_encoder.modality != "text":
+            raise UsageError(
+                f"--text-encoder {config.text_encoder} is an {text_encoder.modality} network",
+                "give a text network, for example bert-base or minilm",
+            )
+    return Networks(encoder, text_encoder, teachers)
+
+
+def _refuse_pairs(source: str, modality: Modality | None) -> None:
+    if modality == "pair":
+        towers = source.removesuffix("-pair") if source in CATALOGUE else source.removesuffix("#pair")
+        raise UsageError(
+            f"{source} takes a picture with its caption; extract keeps fields of pictures and fields of texts",
+            f"name its towers: --teacher {towers} for pictures, --teacher '{towers}#text' for texts",
+        )
+
+
+def completed(networks: Networks, config: ExtractConfig, has_pictures: bool, has_captions: bool) -> Networks:
+    """Fills in the encoders that were not named: the first teacher of the modality, or bert-base for captions.
+
+    From crops neither: the cache holds the student's inputs. But a text teacher needs its own ids.
+    """
+    encoder, text_encoder = networks.encoder, networks.text_encoder
+    wants_inputs = config.encoder != "none" and not config.from_crops
+    if has_pictures and encoder is None and networks.image_teachers and wants_inputs:
+        encoder = next((t for t in networks.image_teachers if t.depth), None)
+        if encoder is None:
+            raise UsageError(
+                f"teacher {networks.image_teachers[0].name} has no Transformer blocks that a student could start from",
+                "name the student's encoder, for example --encoder dinov2-s, or --encoder none to keep targets only",
+            )
+    if config.store_inputs == "crops" and encoder is None and has_pictures and not config.from_crops:
+        raise UsageError(
+            "--store-inputs crops without a network that reads pictures",
+            "name the one that training starts from, for example --encoder dinov2-s",
+        )
+    _require_known_inside(encoder, "--encoder")
+    _require_known_inside(text_encoder, "--text-encoder")
+    if encoder is not None and blocks_before(config.cut, encoder) > encoder.depth:
+        raise UsageError(
+            f"--cut {config.cut} of {encoder.name}, which has {encoder.depth} blocks",
+            f"choose a cut between 0 (patch embeddings) and {encoder.depth}",
+        )
+    if has_captions and text_encoder is None and config.text_encoder != "none":
+        if networks.text_teachers:
+            text_encoder = next((t for t in networks.text_teachers if not isinstance(t.backbone, WholeNetwork)), None)
+            if text_encoder is None:
+                raise UsageError(
+                    f"teacher {networks.text_teachers[0].name} is run in one piece: it has no blocks that a student "
+                    "could start from",
+                    "name the student's --text-encoder, with the same tokenizer, or --text-encoder none to keep "
+                    "targets only",
+                )
+        elif encoder is not None and not config.from_crops:  # the ids lie there already
+            text_encoder = _default_text_encoder()
+    if networks.image_teachers and not has_pictures:
+        raise NoData(
+            f"teacher {networks.image_teachers[0].name} reads pictures and the data has none",
+            "give tars with jpg, jpeg, png or webp members, or a text teacher",
+        )
+    if networks.text_teachers and not has_captions:
+        raise MissingCaptions(
+            f"teacher {networks.text_teachers[0].name} reads captions and the data has none",
+            "give tars with txt members, or json members with `captions` or `caption`",
+        )
+    return Networks(encoder if has_pictures else None, text_encoder if has_captions else None, networks.teachers)
+
+
+def require_sounds(networks: Networks, config: ExtractConfig, has_sounds: bool) -> None:
+    """Raises unless the teachers of sounds, if there are any, can hear some."""
+    if not networks.audio_teachers:
+        return
+    teacher = networks.audio_teachers[0]
+    if config.from_crops:
+        raise UsageError(
+            f"teacher {teacher.name} hears sounds, and --from-crops reads no tar",
+            "name the tars: --data in place of --from-crops",
+        )
+    if not has_sounds:
+        raise NoData(
+            f"teacher {teacher.name} hears sounds and the data has none",
+            "give tars with wav or flac members",
+        )
+    require_decoder()
+
+
+def _require_known_inside(encoder: Network | None, flag: str) -> None:
+    """Raises UnsupportedNetwork for an encoder that is run in one piece."""
+    if encoder is not None and isinstance(encoder.backbone, WholeNetwork):
+        raise UnsupportedNetwork(
+            f"{flag} {encoder.name}: it is run in one piece ({encoder.family}), so no cut of it is known",
+            f"name another, for example {flag} {'dinov2-s' if encoder.modality == 'image' else DEFAULT_TEXT_ENCODER}; "
+            "it can be the teacher",
+        )
+
+
+def blocks_before(cut: Cut, encoder: Network) -> int:
+    """The blocks in front of the cut. Raises UsageError for `prenet` of a network that has none."""
+    if cut != "prenet":
+        return cut
+    if not num_prenet(encoder):
+        raise UsageError(
+            f"--cut prenet of {encoder.name}, a {encoder.family} network, which has no prenet blocks",
+            f"choose a number between 0 (patch embeddings) and {encoder.depth}",
+        )
+    return num_prenet(encoder)
+
+
+def _default_text_encoder() -> Network:
+    try:
+        return load_network(DEFAULT_TEXT_ENCODER)
+    except WeightsUnavailable as error:
+        raise WeightsUnavailable(
+            f"the data has captions, and their text encoder, by default {DEFAULT_TEXT_ENCODER}, is not to be had: "
+            + error.what,
+            f"{error.way_out.replace('--teacher', '--text-encoder')}; or choose another, for example "
+            "--text-encoder minilm, or --text-encoder none",
+        ) from error
+
+
+def keep_networks(writer: CacheWriter, networks: Networks) -> None:
+    """Stores the frozen encoders in the cache, so that training needs nothing else."""
+    store = writer.store
+    for network in (networks.encoder, networks.tokenizer):
+        if network is None:
+            continue
+        record = f"{model_dir(network.name)}/model.json"
+        if not exists(store, record):
+            needed = sum(tensor.numel() * 4 for tensor in network.backbone.state_dict().values())
+            free = store.free_bytes()
+            if free is not None and needed > free:
+                raise StorageFailure(
+                    f"{store.url} keeps the network {network.name} in {needed:,} bytes, {free:,} are free",
+                    f"free {needed - free:,} bytes more, or write to another folder with --cache",
+                )
+            writer.keep_network(network.name, network_files(network))
+            continue
+        try:
+            kept = loads(store.read(record))
+            weights, shape = str(kept["weights_sha256"]), kept["architecture"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptCache(
+                f"{store.where(record)} cannot be read: {error}",
+                f"`emkum cache repair {store.url}` drops this network; the same command keeps it again",
+            ) from error
+        if weights != network.weights_sha256 or shape != network.backbone.spec.to_json():
+            raise FingerprintMismatch(
+                f"{store.url} keeps a network {network.name} with weights {weights[:12]}...; this one has "
+                f"{network.weights_sha256[:12]}..." + (", another shape" if weights == network.weights_sha256 else ""),
+                "give this network another name with --name or in its config, or write to another folder with --cache",
+            )
+
+
+def unique(networks: Sequence[Network | None]) -> list[Network]:
+    found: dict[str, Network] = {}
+    for network in networks:
+        if network is None:
+            continue
+        other = found.setdefault(network.name, network)
+        if other.weights_sha256 != network.weights_sha256:
+            raise UsageError(
+                f"two networks are called {network.name} and have different weights", "name one of them with --name"
+            )
+    return list(found.values())
