@@ -41,7 +41,7 @@ from emkum.models.backbone import BlockStack
 from emkum.shards.reader import Cache
 from emkum.stage2_train.loader import BatchLoader, Buffers, CachedSource, HostBatch, Stored
 from emkum.stage2_train.order import TrainOrder
-from emkum.stage2_train.recipe import FieldNames
+from emkum.stage2_train.recipe_fields import FieldNames
 from emkum.stage2_train.samples import SampleTable
 
 WIDTH, NUM_TOKENS = 768, 197

@@ -33,7 +33,7 @@ from emkum.cli import allow_open_files
 from emkum.shards.reader import Cache
 from emkum.stage2_train.loader import Buffers, CachedSource
 from emkum.stage2_train.order import TrainOrder
-from emkum.stage2_train.recipe import FieldNames
+from emkum.stage2_train.recipe_fields import FieldNames
 from emkum.stage2_train.samples import SampleTable
 
 WARMING_BATCHES = 40  # by then 1,024 blocks have all been read from

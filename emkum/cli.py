@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import resource
 import signal
 import sys
@@ -16,6 +15,11 @@ from typing import Annotated, Any, Literal, Optional
 import typer
 
 from emkum import __version__
+from emkum.commands.ablate import ablate
+from emkum.commands.places import cache_place as _place
+from emkum.commands.recipes import recipes_app
+from emkum.commands.runs import runs_app
+from emkum.commands.stats import cache_stats
 from emkum.errors import CorruptCache, EmkumError, Interrupted, StorageFailure, UsageError
 
 app = typer.Typer(
@@ -31,8 +35,12 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="Look at a cache, check it, repair it.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
+cache_app.command("stats")(cache_stats)
 teachers_app = typer.Typer(rich_markup_mode=None)
 app.add_typer(teachers_app, name="teachers")
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(runs_app, name="runs")
+app.command("ablate")(ablate)
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # HUP: the terminal, or ssh, went away
 OPEN_FILES = 16_384
@@ -397,6 +405,21 @@ def train(
             "C++ compiler; without one the run goes on as written.",
         ),
     ] = False,
+    devices: Annotated[
+        int,
+        typer.Option(help="GPUs that share each batch, or with --device cpu processes; training.batch is of them all."),
+    ] = 1,
+    logger: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Where curves are drawn, beside metrics.csv and metrics.jsonl: tensorboard, wandb, wandb-offline (for "
+            "a later `wandb sync`), none. Repeat it for several. Default: tensorboard."
+        ),
+    ] = None,
+    fast_dev_run: Annotated[
+        bool,
+        typer.Option("--fast-dev-run", help="Three steps and a validation in a folder that is thrown away: a test."),
+    ] = False,
 ) -> None:
     """Train a student from a cache alone. Example: emkum train --cache ./shards --recipe ssmke"""
     from emkum.stage2_train.train import TrainConfig
@@ -424,6 +447,9 @@ def train(
             activation_checkpointing=activation_checkpointing,
             chunk=chunk,
             compile=compile_,
+            devices=devices,
+            loggers=tuple(logger or ("tensorboard",)),
+            fast_dev_run=fast_dev_run,
         ),
         say=_say,
     )
@@ -761,19 +787,6 @@ class _Bar:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-
-
-def _place(text: str) -> Path | str:
-    """A folder, or the URL of one in an object store."""
-    from emkum.shards.store import is_url
-
-    if text.startswith("memory:"):
-        raise UsageError(f"{text} is gone when this command ends", "name a folder, or an object store")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", text):
-        raise UsageError(f"{text} is neither a folder nor a URL", "a URL has two slashes, as s3://bucket/folder")
-    if not is_url(text) and Path(text).exists() and not Path(text).is_dir():
-        raise UsageError(f"{text} is a file", "--cache names the folder of a cache")
-    return text if is_url(text) else Path(text)
 
 
 def _cut(text: str) -> int | Literal["prenet"]:

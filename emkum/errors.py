@@ -70,12 +70,28 @@ class IncompleteCache(UsageError):
     """A field lacks blocks that the command needs."""
 
 
+class MissingStatistic(UsageError):
+    """A statistic of a field that training needs, and nobody has computed."""
+
+
 class MissingCaptions(UsageError):
     """Captions are needed and the data or cache has none."""
 
 
 class UnknownRecipe(UsageError):
     """A recipe name that is not shipped and not a file, or a key no recipe has."""
+
+
+class UnknownAblation(UsageError):
+    """An ablation's name that is not shipped and not a file, or a key no ablation has."""
+
+
+class RunsFailed(UsageError):
+    """Runs of an ablation that failed; the others went on. Its exit code is that of the first of them."""
+
+
+class NothingFits(UsageError):
+    """An earlier run that a student was to start from, and no part of which is like this student's."""
 
 
 class WorkersDiffer(UsageError):
@@ -140,6 +156,10 @@ class FingerprintMismatch(IdentityMismatch):
     """A field of the same name was computed differently."""
 
 
+class StaleStatistic(IdentityMismatch):
+    """A statistic of a field that has grown or changed since."""
+
+
 class SourceChanged(IdentityMismatch):
     """A source tar known to the cache has other contents now."""
 
@@ -150,6 +170,10 @@ class WeightsChanged(IdentityMismatch):
 
 class ResumeMismatch(IdentityMismatch):
     """A checkpoint that belongs to another recipe, cache or seed."""
+
+
+class AblationMismatch(IdentityMismatch):
+    """A run folder of an ablation that holds a run of another recipe, seed, or state of the cache."""
 
 
 class AnotherWriter(EmkumError):
@@ -172,6 +196,16 @@ class WorkersLost(EmkumError):
     """The processes that shared the work died and none came back, or one block kills every process that takes it."""
 
     exit_code = 1
+
+
+class RankLost(EmkumError):
+    """One of the processes that train together died, and the others were stopped."""
+
+    exit_code = 1
+
+
+class OutOfMemory(UsageError):
+    """What was asked for does not fit into the memory of the GPU or of the machine."""
 
 
 class StorageFailure(EmkumError):

@@ -83,7 +83,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_the_parts_of_a_step_put_together_are_its_batch(cache: TinyCache) -> None:
     from emkum.shards.reader import Cache
-    from emkum.stage2_train.recipe import required_fields
+    from emkum.stage2_train.recipe_fields import required_fields
 
     recipe, opened = load_recipe("ssmke"), Cache.open(cache.path)
     table = sample_table(opened, recipe, required_fields(recipe, opened), "train")
@@ -193,18 +193,18 @@ def test_one_chunk_of_activations_exists_at_a_time() -> None:
     network = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.GELU(), torch.nn.Linear(64, 2))
     rows, events, saved = torch.randn(40, 4), list[str](), list[int]()
 
-    def encode(part: torch.Tensor) -> torch.Tensor:
+    def encode(part: torch.Tensor) -> tuple[torch.Tensor]:
         events.append("computed")
         features = network(part)
         features.register_hook(lambda gradient: events.append("gradient"))
-        return features
+        return (features,)
 
     def kept(tensor: torch.Tensor) -> torch.Tensor:
         saved.append(tensor.nbytes)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
-        total = in_chunks(encode, 5, rows).sum()
+        total = in_chunks(encode, 5, rows)[0].sum()
         assert sum(saved) <= rows.nbytes
         in_chunks(encode, 0, rows)
         assert sum(saved) > 20 * rows.nbytes  # what it is worth

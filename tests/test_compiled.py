@@ -17,9 +17,12 @@ from tiny_cache import NUM_TOKENS, VOCABULARY, WIDTH, TinyCache, make_cache, tin
 from emkum.models.network import Network
 from emkum.models.quantise import decode_int8, encode_int8
 from emkum.stage2_train.compiled import compile_blocks, compiled_decode, uncompiled, why_not
-from emkum.stage2_train.recipe import FieldNames, load_recipe
+from emkum.stage2_train.recipe import load_recipe
+from emkum.stage2_train.recipe_fields import FieldNames
 from emkum.stage2_train.student import Student, build_student
 from emkum.stage2_train.train import train
+
+CLS = "teacher/tinyvit/image/cls"
 
 CPU = torch.device("cpu")
 pytestmark = [  # torch about itself: the first it hides from users, by means that "error" comes before
@@ -59,9 +62,15 @@ class Counted:
 
 def student() -> Student:
     recipe = load_recipe("ssmke", ["student.image_blocks=3"])
-    names = FieldNames("image/tinyvit@1/tokens", "tinyvit", 1, "text/tinybert/ids", "teacher/tinyvit/image/cls")
+    names = FieldNames("image/tinyvit@1/tokens", "tinyvit", 1, "text/tinybert/ids", {"cls": CLS})
     image: Network = tiny_network("tinyvit", "image")
     return build_student(recipe, names, image, tiny_network("tinybert", "text", seed=1), WIDTH, seed=0)
+
+
+def mome() -> Student:
+    names = FieldNames("image/tinyvit@1/tokens", "tinyvit", 1, "text/tinybert/ids", {"cls": CLS})
+    networks = tiny_network("tinyvit", "image"), tiny_network("tinybert", "text", seed=1)
+    return build_student(load_recipe("ssmke", ["student.shared=mome"]), names, *networks, WIDTH, seed=0)
 
 
 def features(of: Student, length: int, batch: int = 5) -> torch.Tensor:
@@ -86,6 +95,17 @@ def test_texts_of_every_length_are_one_compilation() -> None:
         torch.testing.assert_close(features(ours, length), features(plain, length), rtol=1e-5, atol=1e-5)
     assert backend.graphs <= 2 * few + 4
     assert list(ours.state_dict()) == list(plain.state_dict())
+
+
+def test_blocks_with_experts_are_compiled_once_for_texts_of_every_length() -> None:
+    ours, plain, backend = mome(), mome(), Counted()
+    assert compile_blocks(ours, CPU, backend) == ""
+    for length in (7, 5):
+        torch.testing.assert_close(features(ours, length), features(plain, length), rtol=1e-5, atol=1e-5)
+    few = backend.graphs
+    for length in (3, 4, 9, 10, 11):
+        torch.testing.assert_close(features(ours, length), features(plain, length), rtol=1e-5, atol=1e-5)
+    assert backend.graphs == few
 
 
 def test_int8_of_every_shape_is_decoded_by_one_graph() -> None:

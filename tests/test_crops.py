@@ -720,7 +720,8 @@ def test_what_training_says_of_crops_that_are_missing_can_be_run(
     config: ExtractConfig,
     networks: Path,  # noqa: F811
 ) -> None:
-    from emkum.stage2_train.recipe import load_recipe, required_fields
+    from emkum.stage2_train.recipe import load_recipe
+    from emkum.stage2_train.recipe_fields import required_fields
 
     quiet(replace(config, targets=("patches",)))
     with pytest.raises(errors.MissingField) as caught:

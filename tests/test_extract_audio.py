@@ -510,7 +510,7 @@ def test_the_rule_of_the_thesis_is_left_out_of_the_fingerprint(ear: Path, tar: P
 
 
 def test_no_recipe_trains_on_sounds(made: tuple[Path, list[str]]) -> None:
-    from emkum.stage2_train.recipe import choose_recipe
+    from emkum.stage2_train.recipe_fields import choose_recipe
 
     with pytest.raises(UsageError, match="holds targets of sounds only") as error:
         choose_recipe(Cache.open(made[0]))

@@ -11,12 +11,14 @@ from tiny_cache import NUM_TOKENS, POSITIONS, SIZE, VOCABULARY, WIDTH, tiny_netw
 from emkum.models.backbone import TextEmbedding
 from emkum.models.blocks import Block
 from emkum.stage2_train.loader import Batch
-from emkum.stage2_train.losses import Terms, step_losses
+from emkum.stage2_train.losses import step_losses
 from emkum.stage2_train.plan import frozen_prefix
-from emkum.stage2_train.recipe import FieldNames, Recipe, load_recipe
+from emkum.stage2_train.recipe import Recipe, load_recipe
+from emkum.stage2_train.recipe_fields import FieldNames
 from emkum.stage2_train.student import Student, build_student
+from emkum.stage2_train.terms.build import Setting, make_terms
 
-NAMES = FieldNames("image/tinyvit@0/tokens", "tinyvit", 0, "text/tinybert/ids", "teacher/tinyvit/image/cls")
+NAMES = FieldNames("image/tinyvit@0/tokens", "tinyvit", 0, "text/tinybert/ids", {"cls": "teacher/tinyvit/image/cls"})
 
 
 def built(recipe: Recipe) -> Student:
@@ -28,14 +30,18 @@ def built(recipe: Recipe) -> Student:
 def a_batch(recipe: Recipe) -> Batch:
     pictures, texts = recipe.kind != "texts", recipe.kind != "images"
     rows = torch.arange(6)
-    widths = {"pairs": (6, WIDTH), "images": (6, NUM_TOKENS, WIDTH), "texts": (6, POSITIONS, 12)}
+    role, shape = {
+        "pairs": ("cls", (6, WIDTH)),
+        "images": ("layers", (6, NUM_TOKENS, WIDTH)),
+        "texts": ("text_layers", (6, POSITIONS, 12)),
+    }[recipe.kind]
     return Batch(
         rows if pictures else None,
         torch.zeros(6, dtype=torch.int64) if pictures else None,
         torch.randn(6, NUM_TOKENS, WIDTH) if pictures else None,
         torch.randint(1, VOCABULARY, (6, POSITIONS)) if texts else None,
         torch.arange(POSITIONS) < torch.randint(2, POSITIONS, (6, 1)) if texts else None,
-        torch.randn(widths[recipe.kind]),
+        {role: torch.randn(shape)},
     )
 
 
@@ -52,7 +58,7 @@ def saved_by(recipe: Recipe) -> Counter[str]:
             module.register_forward_pre_hook(lambda *_, name=name: inside.append(name.replace(".blocks.", " ")))
             module.register_forward_hook(lambda *_: inside.pop() and None)
     with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
-        step_losses(student, Terms(recipe, None), recipe, a_batch(recipe)).total.backward()
+        step_losses(student, make_terms(Setting(recipe, student)), recipe, a_batch(recipe)).total.backward()
     return saved
 
 

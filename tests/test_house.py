@@ -22,7 +22,7 @@ ALLOWED = {
     "stage1_extract": {"errors", "shards", "models", "stage1_extract"},
     "stage2_train": {"errors", "shards", "models", "stage2_train"},
 }
-DOOR = {"cli", "demo"}
+DOOR = {"cli", "commands", "demo"}
 
 
 def _modules() -> list[tuple[Path, str]]:

@@ -20,9 +20,11 @@ from emkum.shards.reader import Cache
 from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.extract import extract
 from emkum.stage2_train.loader import Batch
-from emkum.stage2_train.losses import Terms, step_losses, students_rule, token_losses
-from emkum.stage2_train.recipe import FieldNames, load_recipe
+from emkum.stage2_train.losses import step_losses, students_rule
+from emkum.stage2_train.recipe import load_recipe
+from emkum.stage2_train.recipe_fields import FieldNames
 from emkum.stage2_train.student import Student, build_student
+from emkum.stage2_train.terms.build import Setting, make_terms
 from emkum.stage2_train.train import TrainConfig, train
 
 OTHERS = {
@@ -133,8 +135,9 @@ def test_the_students_pictures_follow_the_rule_of_the_targets(rule: LayersRule) 
     target = torch.randn(predicted.shape, generator=generator)
     recipe = load_recipe("image-kd")
     given = None if rule == named_rule("thesis", "image") else rule
-    batch = Batch(None, None, tokens, None, None, target, given)
-    for losses in (token_losses(student, recipe, batch), step_losses(student, Terms(recipe, None), recipe, batch, 2)):
+    batch = Batch(None, None, tokens, None, None, {"layers": target}, {} if given is None else {"layers": given})
+    terms = make_terms(Setting(recipe, student))
+    for losses in (step_losses(student, terms, recipe, batch), step_losses(student, terms, recipe, batch, 2)):
         assert float(losses.total.detach()) == pytest.approx(np.square(predicted - target.numpy()).mean(), rel=1e-5)
     losses.total.backward()
     trained = [block.fc2.weight.grad is not None for block in student.image_blocks.blocks]  # type: ignore[union-attr]
@@ -152,9 +155,12 @@ def test_the_students_texts_follow_the_rule_and_pads_take_no_part(name: str) -> 
     layers = [[layer.double().detach().numpy() for layer in found] for found in (out.hidden, out.ffn)]
     predicted = rule_reference(rule, *layers, lengths, 1)
     target = torch.randn(predicted.shape, generator=generator).masked_fill(~mask[..., None], float("nan"))
-    batch = Batch(None, None, None, ids, mask, target, None if name == "thesis" else rule)
+    rules = {} if name == "thesis" else {"text_layers": rule}
+    batch = Batch(None, None, None, ids, mask, {"text_layers": target}, rules)
     want = np.square(predicted - target.numpy())[mask.numpy()].mean()
-    assert float(token_losses(student, load_recipe("text-kd"), batch).total.detach()) == pytest.approx(want, rel=1e-5)
+    recipe = load_recipe("text-kd")
+    found = step_losses(student, make_terms(Setting(recipe, student)), recipe, batch)
+    assert float(found.total.detach()) == pytest.approx(want, rel=1e-5)
 
 
 def test_feed_forward_outputs_are_kept_only_where_they_are_asked_for() -> None:
@@ -166,10 +172,10 @@ def test_feed_forward_outputs_are_kept_only_where_they_are_asked_for() -> None:
 
 def test_without_a_rule_in_the_record_it_is_the_thesiss_and_the_cut_is_taken_off_what_is_skipped() -> None:
     image, text = students("image", "student.image_blocks=all"), students("text")
-    assert students_rule(image, None) == named_rule("thesis", "image")
-    assert students_rule(text, None) == named_rule("thesis", "text")
-    assert [students_rule(image, LayersRule(skip=skip)).skip for skip in (1, 2, 3)] == [0, 0, 1]
-    assert students_rule(text, LayersRule(skip=3)).skip == 3
+    assert students_rule(image, "layers", None) == named_rule("thesis", "image")
+    assert students_rule(text, "text_layers", None) == named_rule("thesis", "text")
+    assert [students_rule(image, "layers", LayersRule(skip=skip)).skip for skip in (1, 2, 3)] == [0, 0, 1]
+    assert students_rule(text, "text_layers", LayersRule(skip=3)).skip == 3
 
 
 # --- what is said --------------------------------------------------------------------------------------------

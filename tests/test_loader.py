@@ -31,7 +31,8 @@ from emkum.shards.views import ViewPolicy
 from emkum.shards.writer import CacheWriter
 from emkum.stage2_train.loader import BatchLoader, Buffers, CachedSource, HostBatch
 from emkum.stage2_train.order import BatchRows, PassOrder, TrainOrder
-from emkum.stage2_train.recipe import FieldNames, Recipe, load_recipe, required_fields
+from emkum.stage2_train.recipe import Recipe, load_recipe
+from emkum.stage2_train.recipe_fields import FieldNames, required_fields
 from emkum.stage2_train.samples import SampleTable, sample_table
 
 CPU = torch.device("cpu")
@@ -337,7 +338,8 @@ def loaded(path: Path, recipe: Recipe, steps: int = 6, **loader: int) -> list[tu
     found = []
     for host in BatchLoader(TrainOrder(table, 8, 1, num_steps=steps), source, **loader):
         batch = source.prepare(host, CPU)
-        tensors = [batch.tokens_BTD, batch.ids_BL, batch.mask_BL, batch.targets, batch.views_B, batch.image_rows_B]
+        tensors = [batch.tokens_BTD, batch.ids_BL, batch.mask_BL, batch.views_B, batch.image_rows_B]
+        tensors += batch.targets.values()
         found.append((host.rows, [tensor.clone() for tensor in tensors if tensor is not None]))
     return found
 
@@ -371,17 +373,17 @@ def test_batches_hold_the_values_of_their_rows(tmp_path: Path, storage: str, rec
             assert batch.mask_BL.sum(1).tolist() == lengths.tolist()
             expected = cache.field(names.ids).read(rows.text_rows_B)[:, : lengths.max()]  # type: ignore[arg-type]
             assert np.array_equal(batch.ids_BL.numpy(), expected)
-        assert names.targets is not None
-        assert batch.targets is not None
+        ((role, name),) = names.targets.items()
+        targets = batch.targets[role]
         wanted = (rows.image_rows_B, rows.views_B) if recipe is not TEXTS else (rows.text_rows_B,)
-        values = cache.field(names.targets).values(*wanted)  # type: ignore[arg-type]
+        values = cache.field(name).values(*wanted)  # type: ignore[arg-type]
         if recipe is TEXTS:
             assert batch.mask_BL is not None
             values = values[:, : batch.mask_BL.shape[1]]
-            assert np.array_equal(batch.targets[batch.mask_BL].numpy(), values[batch.mask_BL.numpy()])
+            assert np.array_equal(targets[batch.mask_BL].numpy(), values[batch.mask_BL.numpy()])
         else:
-            assert np.allclose(batch.targets.numpy(), values, rtol=0, atol=1e-6)
-        assert batch.targets.dtype == torch.float32
+            assert np.allclose(targets.numpy(), values, rtol=0, atol=1e-6)
+        assert targets.dtype == torch.float32
 
 
 def test_crops_go_through_the_frozen_prefix(tmp_path: Path) -> None:
@@ -404,9 +406,9 @@ def test_crops_go_through_the_frozen_prefix(tmp_path: Path) -> None:
 def test_all_targets_are_those_of_every_row_and_view(path: Path) -> None:
     cache, names, table = opened(path, PAIRS)
     found = CachedSource(cache, names, table).all_targets()
-    assert names.targets is not None
+    target = cache.field(names.targets["cls"])
     for view in range(2):
-        assert np.array_equal(found[:, view].numpy(), cache.field(names.targets).values(table.image_rows_N, view))  # type: ignore[arg-type]
+        assert np.array_equal(found[:, view].numpy(), target.values(table.image_rows_N, view))  # type: ignore[arg-type]
 
 
 # --- the loader --------------------------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ from emkum.models.catalogue import load_network
 from emkum.models.families.registry import CATALOGUE
 from emkum.models.sources import read_source
 from emkum.models.tokenizer import text_ids
-from emkum.stage2_train.recipe import FieldNames, load_recipe
+from emkum.stage2_train.recipe import load_recipe
+from emkum.stage2_train.recipe_fields import FieldNames
 from emkum.stage2_train.student import build_student
 
 EOT = 59  # the highest of the vocabulary, as in CLIP's own
@@ -200,7 +201,7 @@ def test_a_student_of_causal_blocks_does_not_pool_the_token_that_has_seen_no_oth
     bert = tiny_network("tinybert", "text")
     backbone = Backbone(dataclasses.replace(bert.backbone.spec, causal=True))
     causal = dataclasses.replace(bert, backbone=backbone.eval().requires_grad_(False))
-    names = FieldNames("image/tinyvit@2/tokens", "tinyvit", 2, "text/tinybert/ids", None)
+    names = FieldNames("image/tinyvit@2/tokens", "tinyvit", 2, "text/tinybert/ids")
     with pytest.raises(UsageError, match='text_pooling = "cls": a token of tinybert sees only what') as caught:
         build_student(load_recipe("text-kd", ["student.text_pooling=cls"]), names, None, causal, None, 0)
     assert caught.value.way_out == "pool the mean: --set student.text_pooling=mean"

@@ -12,15 +12,8 @@ from tiny_cache import make_cache
 
 from emkum.errors import EmkumError, MissingCaptions, MissingField, UnknownRecipe, UsageError
 from emkum.shards.reader import Cache
-from emkum.stage2_train.recipe import (
-    RECIPES_DIR,
-    FieldNames,
-    choose_recipe,
-    load_recipe,
-    recipe_from_table,
-    required_fields,
-    shipped_recipes,
-)
+from emkum.stage2_train.recipe import RECIPES_DIR, load_recipe, recipe_from_table, shipped_recipes
+from emkum.stage2_train.recipe_fields import FieldNames, choose_recipe, required_fields
 
 
 @dataclass
@@ -54,8 +47,40 @@ def message(error: pytest.ExceptionInfo[EmkumError]) -> str:
 
 
 def test_the_recipes_that_ship() -> None:
-    expected = ["cls-mse", "image-kd", "itc-only", "shre", "shre-transformer", "ssmke", "text-kd"]
-    assert shipped_recipes() == expected
+    """Those of THESIS.md section 3 and of its outline."""
+    own = {"cls-mse", "itc-only", "filip"}
+    assert set(shipped_recipes()) - own == {
+        *("image-kd", "image-kd-early", "text-kd", "text-kd-frozen-attention"),
+        *("shre", "shre-ddp", "shre-ranking", "shre-transformer"),
+        *("ssmke", "ssmke-ctl", "ssmke-large", "heads", "tte-before", "tte-after", "tte-noscale", "uni2multi"),
+        *("queue", "momentum-queue", "whole-cache-bank", "itm-random", "itm-hard", "cmli", "cmli-empty"),
+        *("reduced", "codes-kmeans", "codes-vq", "dino", "mvlm", "distil-beit3", "no-itc", "regions", "freeze"),
+        *("vl-from-text", "positions-shared"),
+    }
+    assert load_recipe("ssmke-mse") == load_recipe("cls-mse")
+    assert load_recipe("no-teacher") == load_recipe("itc-only")
+
+
+def test_a_recipe_on_a_base_has_all_of_it_but_what_it_says_itself(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'base = "ssmke"\n[optimiser]\nlr = 1e-3\n[objectives]\nitc = "none"\n[objectives.cls-mse]\nweight = 2.0\n'
+    )
+    mine, base = load_recipe(path, ["training.epochs=3"]), load_recipe("ssmke")
+    assert mine.name == "mine"
+    assert mine.terms == ("ctl", "cls_mse")
+    assert (mine.optimiser.lr, mine.training.epochs) == (1e-3, 3)
+    assert mine.optimiser.betas == base.optimiser.betas
+    assert mine.student == base.student
+    for text, said in (
+        ('base = "smke"', "has base = 'smke', which is no shipped recipe"),
+        ('base = "heads"', "has base = 'heads', which has a base itself | use 'ssmke'"),
+        ("base = 3", "has base = 3, which is no shipped recipe"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UnknownRecipe) as error:
+            load_recipe(path)
+        assert said in message(error)
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -115,9 +140,8 @@ def test_an_objective_is_taken_out_with_none_and_put_in_by_any_of_its_keys() -> 
 @pytest.mark.parametrize(
     ("name", "override", "kind", "expected"),
     [
-        ("smke", "", UnknownRecipe, "UnknownRecipe: no such recipe: smke (shipped: cls-mse, image-kd, itc-only, shre, "
-         "shre-transformer, ssmke, text-kd) | did you mean ssmke?"),
-        ("no.toml", "", UnknownRecipe, "UnknownRecipe: no such file: no.toml (shipped: "),
+        ("smke", "", UnknownRecipe, "UnknownRecipe: no such recipe: smke | did you mean ssmke? `emkum recipes` lists"),
+        ("no.toml", "", UnknownRecipe, "UnknownRecipe: no such file: no.toml | `emkum recipes` lists"),
         ("ssmke", "optimizer.lr=1", UnknownRecipe,
          "UnknownRecipe: recipe ssmke has no key optimizer | did you mean optimiser?"),
         ("ssmke", "optimiser.learning_rate=1", UnknownRecipe,
@@ -135,7 +159,7 @@ def test_an_objective_is_taken_out_with_none_and_put_in_by_any_of_its_keys() -> 
         ("ssmke", "training", UsageError, "--set training is not path=value | for example --set training.batch=128"),
         ("ssmke", "training.batch.size=5", UsageError, "--set training.batch.size=5: batch is a value, not a table"),
         ("ssmke", "objectives.layers-mse.weight=1", UsageError,
-         "ssmke: objectives.layers_mse is not for kind pairs | pairs take itc, ctl, cls_mse, logits_kl, ranking"),
+         "ssmke: objectives.layers_mse is not for kind pairs | pairs take itc, itc_queue, ctl, cls_mse"),
         ("ssmke", "objectives.logits-kl.weight=1", UsageError,
          "recipe ssmke: objectives.ctl reads cls, objectives.logits_kl reads logits, and a recipe has one target | "
          "take one out: --set objectives.logits_kl=none"),
@@ -186,7 +210,7 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
 
 def test_auto_takes_the_only_fields_that_fit() -> None:
     found = required_fields(load_recipe("ssmke"), cache(TOKENS, IDS, CLS, LAYERS))  # type: ignore[arg-type]
-    assert found == FieldNames(TOKENS, "dinov2-s", 6, IDS, CLS)
+    assert found == FieldNames(TOKENS, "dinov2-s", 6, IDS, {"cls": CLS})
     assert found.text_encoder == "minilm"
     assert found.needed() == (TOKENS, IDS, CLS)
     assert not found.live_prefix
@@ -195,14 +219,14 @@ def test_auto_takes_the_only_fields_that_fit() -> None:
 @pytest.mark.parametrize("recipe", ["shre", "shre-transformer"])
 def test_shre_reads_the_logits_of_a_classifier(recipe: str) -> None:
     found = required_fields(load_recipe(recipe), cache(TOKENS, IDS, CLS, LOGITS))  # type: ignore[arg-type]
-    assert found == FieldNames(TOKENS, "dinov2-s", 6, IDS, LOGITS)
+    assert found == FieldNames(TOKENS, "dinov2-s", 6, IDS, {"logits": LOGITS})
     alone = ["objectives.layers-mse=none", "objectives.logits-kl.weight=1"]
     pictures = required_fields(load_recipe("image-kd", alone), cache(TOKENS, LAYERS, LOGITS))  # type: ignore[arg-type]
     assert pictures.needed() == (TOKENS, LOGITS)
 
 
 def test_a_recipe_without_teacher_needs_no_target() -> None:
-    assert required_fields(load_recipe("itc-only"), cache(TOKENS, IDS, CLS)).targets is None  # type: ignore[arg-type]
+    assert required_fields(load_recipe("itc-only"), cache(TOKENS, IDS, CLS)).targets == {}  # type: ignore[arg-type]
 
 
 def test_unimodal_recipes_need_one_modality() -> None:
@@ -214,7 +238,7 @@ def test_unimodal_recipes_need_one_modality() -> None:
 def test_crops_go_through_the_only_image_network_the_cache_keeps() -> None:
     made = cache("image/crops-224", IDS, CLS, models=["dinov2-s", "minilm"])
     found = required_fields(load_recipe("ssmke", ["data.cut=3"]), made)  # type: ignore[arg-type]
-    assert found == FieldNames("image/crops-224", "dinov2-s", 3, IDS, CLS)
+    assert found == FieldNames("image/crops-224", "dinov2-s", 3, IDS, {"cls": CLS})
     assert found.live_prefix
 
 

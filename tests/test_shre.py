@@ -35,16 +35,19 @@ from emkum.shards.reader import Cache
 from emkum.stage2_train import losses
 from emkum.stage2_train.evaluate.run import evaluate_cache
 from emkum.stage2_train.loader import Batch, Buffers, CachedSource
-from emkum.stage2_train.losses import Losses, Terms, part_names, step_losses
+from emkum.stage2_train.losses import Losses, step_losses
 from emkum.stage2_train.objectives.itc import itc
 from emkum.stage2_train.objectives.logits_kl import class_kl, logits_kl
 from emkum.stage2_train.objectives.ranking import ranking
 from emkum.stage2_train.order import TrainOrder
-from emkum.stage2_train.recipe import FieldNames, Recipe, load_recipe, required_fields
+from emkum.stage2_train.recipe import Recipe, load_recipe
+from emkum.stage2_train.recipe_fields import FieldNames, required_fields
 from emkum.stage2_train.run_folder import RunFolder, load_run, read_checkpoint
 from emkum.stage2_train.samples import sample_table
 from emkum.stage2_train.shared_mlp import AttentionMlp, SharedMlp, SharedMlpSpec
 from emkum.stage2_train.student import Student, StudentOut, StudentSpec, build_student, parameter_table
+from emkum.stage2_train.terms.build import Setting, make_terms
+from emkum.stage2_train.terms.term import Terms
 from emkum.stage2_train.train import TrainConfig, train
 
 RECIPES = ("shre", "shre-transformer")
@@ -233,7 +236,9 @@ def test_ranking_is_in_float32_under_autocast() -> None:
 def built(recipe: Recipe, cut: int = 2, target_width: int | None = CLASSES, **changes: Any) -> Student:
     image = tiny_network("tinyvit", "image", **changes)
     text = tiny_network("tinybert", "text", seed=1) if recipe.kind == "pairs" else None
-    names = FieldNames(f"image/tinyvit@{cut}/tokens", "tinyvit", cut, "text/tinybert/ids", "teacher/r/image/logits")
+    names = FieldNames(
+        f"image/tinyvit@{cut}/tokens", "tinyvit", cut, "text/tinybert/ids", {"logits": "teacher/r/image/logits"}
+    )
     return build_student(recipe, names, image, text, target_width, seed=0)
 
 
@@ -398,7 +403,7 @@ def test_the_published_shared_part_has_5_5_million_parameters() -> None:
 def test_every_trainable_parameter_gets_a_gradient(name: str, overrides: list[str]) -> None:
     recipe = load_recipe(name, [*overrides, "student.image_blocks=1"])
     student = built(recipe, target_width=CLASSES if recipe.objectives.logits_kl else None)
-    terms = Terms(recipe, None)
+    terms = make_terms(Setting(recipe, student))
     step_losses(student, terms, recipe, a_batch()).total.backward()
     for parameter_name, parameter in [*student.named_parameters(), *terms.named_parameters()]:
         assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
@@ -424,20 +429,23 @@ def test_the_shared_layers_start_from_the_seed_with_small_matrices() -> None:
 def a_batch(batch: int = 4) -> Batch:
     generator = torch.Generator().manual_seed(5)
     rows, views = torch.tensor([3, 8, 8, 5])[:batch], torch.zeros(batch, dtype=torch.int64)
-    return Batch(rows, views, tokens(batch), *texts(batch), torch.randn(batch, CLASSES, generator=generator))
+    logits = torch.randn(batch, CLASSES, generator=generator)
+    return Batch(rows, views, tokens(batch), *texts(batch), {"logits": logits})
 
 
 def one_step(recipe: Recipe, chunk: int = 0) -> tuple[Student, Terms, Losses]:
-    student, terms = built(recipe), Terms(recipe, None)
+    student = built(recipe)
+    terms = make_terms(Setting(recipe, student))
     return student, terms, step_losses(student, terms, recipe, a_batch(), chunk)
 
 
 def test_itc_is_the_mean_over_layers_each_with_a_scale_of_its_own() -> None:
     recipe = load_recipe("shre", ["objectives.logits-kl=none"])
-    student, terms, batch = built(recipe), Terms(recipe, None), a_batch()
-    assert terms.itc_log_scale is not None
+    student, batch = built(recipe), a_batch()
+    terms = make_terms(Setting(recipe, student))
+    log_scale = terms["itc"].log_scale
     with torch.no_grad():
-        terms.itc_log_scale.copy_(torch.tensor([0.5, 1.0, 2.0]))
+        log_scale.copy_(torch.tensor([0.5, 1.0, 2.0]))
     found = step_losses(student, terms, recipe, batch)
     images, captions = student.encode_images(tokens(4)).layers, student.encode_texts(*texts(4)).layers
     assert batch.image_rows_B is not None
@@ -450,8 +458,8 @@ def test_itc_is_the_mean_over_layers_each_with_a_scale_of_its_own() -> None:
         assert found.parts[f"itc_{number}"].item() == pytest.approx(layer.item(), rel=1e-6)
         assert found.parts[f"itc_{number}_scale"].item() == pytest.approx(math.exp((0.5, 1.0, 2.0)[number - 1]))
     found.total.backward()
-    assert terms.itc_log_scale.grad is not None
-    assert terms.itc_log_scale.grad.unique().numel() == 3
+    assert log_scale.grad is not None
+    assert log_scale.grad.unique().numel() == 3
 
 
 def test_ranking_is_the_mean_over_layers_too() -> None:
@@ -480,8 +488,7 @@ def test_the_last_layer_alone_is_the_features(name: str) -> None:
 def test_the_head_predicts_the_teachers_classes(name: str) -> None:
     recipe = load_recipe(name, ["objectives.itc=none", "objectives.logits-kl.temperature=2", "training.batch=4"])
     student, _, found = one_step(recipe)
-    teacher = a_batch().targets
-    assert teacher is not None
+    teacher = a_batch().targets["logits"]
     images, captions = student.encode_images(tokens(4)).predicted_BD, student.encode_texts(*texts(4)).predicted_BD
     assert found.total.item() == pytest.approx(logits_kl(images, captions, teacher, 2.0).loss.item(), rel=1e-6)
 
@@ -498,9 +505,9 @@ def test_the_head_predicts_the_teachers_classes(name: str) -> None:
 )
 def test_what_is_logged_is_what_was_announced(name: str, overrides: list[str]) -> None:
     recipe = load_recipe(name, overrides)
-    _, _, found = one_step(recipe)
-    assert ["loss", *found.parts] == part_names(recipe) or sorted(["loss", *found.parts]) == sorted(part_names(recipe))
-    assert len(set(part_names(recipe))) == len(part_names(recipe))
+    _, terms, found = one_step(recipe)
+    assert ["loss", *found.parts] == terms.columns
+    assert len(set(terms.columns)) == len(terms.columns)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -518,13 +525,14 @@ def test_chunks_of_a_batch_have_its_losses_and_gradients(name: str) -> None:
 
 
 def test_scales_of_all_layers_are_taken_back_to_100() -> None:
-    terms = Terms(load_recipe("shre"), None)
-    assert terms.itc_log_scale is not None
-    assert terms.itc_log_scale.tolist() == pytest.approx([math.log(1 / 0.07)] * 3)
+    student = built(load_recipe("shre"))
+    terms = make_terms(Setting(load_recipe("shre"), student))
+    log_scale = terms["itc"].log_scale
+    assert log_scale.tolist() == pytest.approx([math.log(1 / 0.07)] * 3)
     with torch.no_grad():
-        terms.itc_log_scale.copy_(torch.tensor([9.0, 1.0, 5.0]))
-    terms.clamp_scales()
-    assert terms.itc_log_scale.exp().tolist() == pytest.approx([100.0, math.e, 100.0])
+        log_scale.copy_(torch.tensor([9.0, 1.0, 5.0]))
+    terms.after_step(student)
+    assert log_scale.exp().tolist() == pytest.approx([100.0, math.e, 100.0])
 
 
 # --- runs --------------------------------------------------------------------------------------------------------
@@ -676,9 +684,9 @@ def test_batches_hold_the_values_and_classes_of_their_rows_and_views(top_cache: 
     rows = TrainOrder(table, 8, seed=0).rows(1)
     batch = source.prepare(source.read(rows, Buffers(pin=False)), cpu)
     assert batch.top_logits
-    assert batch.targets is not None
-    assert batch.targets.shape == (8, 2 * TOP + 1)
-    found, field = unpacked(batch.targets), opened.field("teacher/tinyresnet/image/logits")
+    logits = batch.targets["logits"]
+    assert logits.shape == (8, 2 * TOP + 1)
+    found, field = unpacked(logits), opened.field("teacher/tinyresnet/image/logits")
     assert rows.image_rows_B is not None
     assert rows.views_B is not None
     assert set(rows.views_B.tolist()) == {0, 1}

@@ -30,7 +30,7 @@ from emkum.stage2_train.keeper import RunKeeper
 from emkum.stage2_train.loader import BatchLoader, CachedSource
 from emkum.stage2_train.mixing import SPARE_BLOCKS, MixingBuffer, blocks_held
 from emkum.stage2_train.order import Shuffle, TrainOrder
-from emkum.stage2_train.recipe import FieldNames
+from emkum.stage2_train.recipe_fields import FieldNames
 from emkum.stage2_train.samples import SampleTable
 from emkum.stage2_train.storage_probe import probe_storage
 from emkum.stage2_train.train import TrainConfig, train
@@ -187,22 +187,26 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize(
-    "names", [FieldNames(TOKENS, "tinyvit", 1, None, LAYERS), FieldNames(None, None, 0, "text/tinybert/ids", TEXTS)]
+    "names", [
+        FieldNames(TOKENS, "tinyvit", 1, None, {"layers": LAYERS}),
+        FieldNames(None, None, 0, "text/tinybert/ids", {"text_layers": TEXTS}),
+    ]
 )
 def test_batches_of_blocks_hold_the_numbers_of_their_rows_and_each_block_is_read_once(
     path: Path, names: FieldNames
 ) -> None:
     cache = Cache.open(path)
     text = names.inputs is None
-    rows = cache.field(names.targets).rows("train")
+    rows = cache.field(next(iter(names.targets.values()))).rows("train")
     table = table_of("texts" if text else "images", rows, views=1 if text else 2)
     order = TrainOrder(table, 8, 1, shuffle=Shuffle("blocks", cache.rows_per_block, 3))
     source = CachedSource(cache, names, None, threads=3, held_blocks=blocks_held(3, cache.rows_per_block, 8))
     single = CachedSource(Cache.open(path), names, None)
     for batch in BatchLoader(order, source):
         expected = next(iter(BatchLoader(_Only(batch.rows), single, threads=0)))
-        for name in ("inputs", "targets"):
-            ours, theirs = getattr(batch, name), getattr(expected, name)
+        read = [(batch.inputs, expected.inputs)]
+        read += [(batch.targets[role], expected.targets[role]) for role in names.targets]
+        for ours, theirs in read:
             assert (ours is None) == (theirs is None)
             if ours is not None:
                 assert torch.equal(ours.values, theirs.values)
@@ -228,7 +232,7 @@ class _Only:
 
 
 def test_going_on_in_the_middle_gives_the_batches_that_were_left(path: Path) -> None:
-    names = FieldNames(TOKENS, "tinyvit", 1, None, LAYERS)
+    names = FieldNames(TOKENS, "tinyvit", 1, None, {"layers": LAYERS})
     cache = Cache.open(path)
     table = table_of("images", cache.field(TOKENS).rows("train"), views=2)
     order = TrainOrder(table, 8, 1, num_steps=45, shuffle=Shuffle("blocks", 16, 3))
@@ -464,7 +468,7 @@ def test_the_buffer_holds_the_window_the_batches_read_ahead_and_some_to_spare(pa
     cache = Cache.open(path)
     source = CachedSource(
         cache,
-        FieldNames(TOKENS, "tinyvit", 1, None, LAYERS),
+        FieldNames(TOKENS, "tinyvit", 1, None, {"layers": LAYERS}),
         None,
         held_blocks=blocks_held(5, cache.rows_per_block, 24),
     )

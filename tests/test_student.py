@@ -10,12 +10,15 @@ from tiny_cache import NUM_TOKENS, POSITIONS, TEXT_WIDTH, VOCABULARY, WIDTH, tin
 
 from emkum.errors import UsageError
 from emkum.models.network import Network
-from emkum.stage2_train.recipe import FieldNames, Recipe, load_recipe
+from emkum.stage2_train.recipe import Recipe, load_recipe
+from emkum.stage2_train.recipe_fields import FieldNames
 from emkum.stage2_train.student import Student, StudentSpec, build_student, masked_mean, parameter_table
+
+CLS = "teacher/tinyvit/image/cls"
 
 
 def names(cut: int = 2) -> FieldNames:
-    return FieldNames(f"image/tinyvit@{cut}/tokens", "tinyvit", cut, "text/tinybert/ids", "teacher/tinyvit/image/cls")
+    return FieldNames(f"image/tinyvit@{cut}/tokens", "tinyvit", cut, "text/tinybert/ids", {"cls": CLS})
 
 
 def build(recipe: Recipe, cut: int = 2, target_width: int | None = None, seed: int = 0, **network: object) -> Student:

@@ -488,7 +488,7 @@ def test_views_of_one_half_of_a_split_only_name_the_way_out(tmp_path: Path) -> N
 IN_IDENTITY = {"cache", "recipe", "overrides", "seed", "precision", "live", "max_steps", "shuffle", "mix_blocks"}
 PLACE_OR_SPEED = {
     "run_dir", "device", "data", "resume", "threads", "prefetch", "log_every", "checkpoint_minutes", "verify",
-    "activation_checkpointing", "chunk", "compile",
+    "activation_checkpointing", "chunk", "compile", "devices", "loggers", "fast_dev_run",
     "allow_partial",  # the rows it lets in are in the identity
 }  # fmt: skip
 

@@ -542,7 +542,7 @@ def without_piece(found: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any
         (("emkum", "scored"), "emkum.scored"),
         (("optimizer_states", 0, "state", 3, "exp_avg"), "optimizer_states.0.state.3.exp_avg float32"),
         (("loops", "fit_loop", "state_dict"), "loops.fit_loop.state_dict.combined_loader.0.num_steps"),
-        (("state_dict", "terms.itc_log_scale"), "state_dict.terms.itc_log_scale float32 []"),
+        (("state_dict", "terms.terms.itc.log_scale"), "state_dict.terms.terms.itc.log_scale float32 []"),
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "",
 )

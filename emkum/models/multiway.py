@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from emkum.errors import UnsupportedNetwork
 from emkum.models.backbone import BackboneSpec, BlocksOut, ImageEmbedding, TextEmbedding
@@ -74,13 +75,23 @@ class MultiwayBlock(nn.Module):
         self.feed_forwards = _halves(BOTH if fused else EACH, lambda: Block(spec, only="feed_forward"))
 
     def forward(
-        self, tokens_BTD: Tensor, num_image: int, bias: Tensor | None = None, mask_BT: Tensor | None = None
+        self,
+        tokens_BTD: Tensor,
+        num_image: int,
+        bias: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+        queries: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """As Block's: the tokens after the block, and the feed-forward output before LayerScale and residual."""
+        """As Block's: the tokens after the block, and the feed-forward output before LayerScale and residual.
+
+        queries: only the first so many tokens come out; of pictures or texts alone, not of pairs.
+        """
         halves = _routed(self.attentions, tokens_BTD, num_image)
-        heads = [half.queries_keys_values(half.norm1(part)) for half, part in halves]
+        heads = [half.queries_keys_values(half.norm1(part), queries) for half, part in halves]
         q, k, v = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in zip(*heads, strict=True))
+        bias = bias if bias is None or queries is None else bias[:, :, :queries]
         attended_BHTC = attention(q, k, v, attention_mask(bias, mask_BT, q.dtype))
+        halves = [(half, part[:, :queries]) for half, part in halves]
         parts_BHTC = torch.split(attended_BHTC, [part.shape[1] for _, part in halves], dim=2)
         tokens_BTD = _joined(
             add_scaled(part, half.merged(attended), half.scale1)
@@ -140,6 +151,7 @@ class MultiwayStack(nn.Module):
     def __init__(self, spec: MultiwayStackSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.checkpointing = False  # as BlockStack's
         fused_from = spec.depth - spec.num_fused
         self.blocks = nn.ModuleList(
             MultiwayBlock(spec.block, spec.shared_attention, index >= fused_from) for index in range(spec.depth)
@@ -151,8 +163,19 @@ class MultiwayStack(nn.Module):
     def depth(self) -> int:
         return len(self.blocks)
 
-    def run(self, tokens_BTD: Tensor, layout: Layout, start: int = 0, stop: int | None = None) -> BlocksOut:
-        """Blocks start..stop (exclusive; None: to the end), as BlockStack.run."""
+    def run(
+        self,
+        tokens_BTD: Tensor,
+        layout: Layout,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        queries: int | None = None,
+        keep_ffn: bool = True,
+    ) -> BlocksOut:
+        """Blocks start..stop (exclusive; None: to the end), as BlockStack.run. queries: not of pairs."""
+        if queries is not None and 0 < layout.num_image < tokens_BTD.shape[1]:
+            raise ValueError("the first tokens of a pair are those of its picture alone")
         stop = self.depth if stop is None else stop
         if not 0 <= start <= stop <= self.depth:
             raise ValueError(f"blocks {start} to {stop} of a stack of {self.depth}")
@@ -163,9 +186,14 @@ class MultiwayStack(nn.Module):
             bias = None
             if self.biases:
                 bias = self.biases[index](layout, tokens_BTD.shape[1], _compute_dtype(block))
-            tokens_BTD, ffn_BTD = block(tokens_BTD, layout.num_image, bias, layout.mask_BT)
+            given = (tokens_BTD, layout.num_image, bias, layout.mask_BT, queries if index == stop - 1 else None)
+            if self.checkpointing and torch.is_grad_enabled():
+                tokens_BTD, ffn_BTD = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens_BTD, ffn_BTD = block(*given)
             out.hidden.append(tokens_BTD)
-            out.ffn.append(ffn_BTD)
+            if keep_ffn:
+                out.ffn.append(ffn_BTD)
         return out
 
 

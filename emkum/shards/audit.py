@@ -22,6 +22,7 @@ from emkum.shards.layout import FORMAT, Space
 from emkum.shards.reader import Cache, Field
 from emkum.shards.record_check import require_sound
 from emkum.shards.repair import Repair
+from emkum.shards.statistics.kept import STATISTICS, kept
 from emkum.shards.store import Store
 from emkum.shards.verify import Finding, Report, first_rows, sample_keys
 
@@ -53,6 +54,7 @@ def describe(cache: Cache) -> dict[str, Any]:
         "fields": fields,
         "quarantined": _quarantined(cache),
         "models": cache.models,
+        "statistics": [{"name": one.request.name, "stale": one.stale} for one in kept(cache)],
         "bytes": sum(field["bytes"] for field in fields.values()),
         "complete": not any(field["missing_blocks"] for field in fields.values()),
     }
@@ -135,6 +137,10 @@ def table(description: dict[str, Any]) -> str:
     if description["splits"] and not description["fields"]:
         lines.append("nothing was extracted yet: run the `emkum extract` command again")
     lines.append(f"networks kept: {', '.join(description['models']) or 'none'}")
+    lines += [
+        f"statistic {one['name']}" + (f": STALE, it {one['stale']}" if one["stale"] else "")
+        for one in description["statistics"]
+    ]
     if not description["complete"]:
         lines.append("incomplete: the `emkum extract` command of the split finishes it")
     return "\n".join(map(printable, lines))
@@ -164,6 +170,7 @@ def report_json(store: Store, report: Report) -> dict[str, Any]:
             "objects": report.objects,
             "bytes": report.bytes,
             "networks": report.networks,
+            "statistics": report.statistics,
         },
         "findings": _findings_json(store, report.findings),
         "incomplete": dict(report.incomplete),
@@ -196,7 +203,7 @@ def report_table(store: Store, report: Report) -> str:
     lines = [
         f"{report.url}: checked {report.objects:,} objects of {report.blocks:,} blocks, "
         f"{readable_bytes(report.bytes)}; {report.segments} segments, {report.fields} fields, "
-        f"{report.networks} networks"
+        f"{report.networks} networks" + (f", {report.statistics} statistics" if report.statistics else "")
     ]
     samples = sample_keys(store, [first_rows(finding, MAX_SHOWN) for finding in report.findings])
     for finding, shown in zip(report.findings, samples, strict=True):
@@ -254,7 +261,10 @@ def repair_table(done: Repair, dry_run: bool) -> str:
         )
         for name, count in redone_blocks(report).items():
             lines.append(f"to be redone: {name}, {count} {'block' if count == 1 else 'blocks'}")
-        if any(finding.repairable and not finding.rewrite for finding in report.findings):
+        lost = [finding for finding in report.findings if finding.repairable and not finding.rewrite]
+        if any(finding.path.startswith(f"{STATISTICS}/") for finding in lost):
+            lines.append("next: the same `emkum cache stats` commands again, for the statistics that were removed")
+        if any(not finding.path.startswith(f"{STATISTICS}/") for finding in lost):
             splits = f" of split {', '.join(report.splits)}" if report.splits else ""
             lines.append(f"next: the same `emkum extract` command{splits} again; it redoes that and nothing else")
     return "\n".join(printable(part) for line in lines for part in line.split("\n"))

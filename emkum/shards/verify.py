@@ -54,6 +54,8 @@ from emkum.shards.record_check import (
 )
 from emkum.shards.row_names import RowNames, read_row_names, table_bytes
 from emkum.shards.segments import Segment, read_segment
+from emkum.shards.statistics.check import check_statistics
+from emkum.shards.statistics.kept import STATISTICS
 from emkum.shards.store import Store, sha256_of
 from emkum.shards.strict_json import loads
 from emkum.shards.writer import NETWORK_FILES, read_root
@@ -118,6 +120,7 @@ class Report:
     incomplete: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()  # of the rows that suffer
+    statistics: int = 0
 
 
 def verify(store: Store, *, threads: int | None = None, progress: Progress = lambda done, total: None) -> Report:
@@ -198,7 +201,7 @@ class _Audit:
         self._segment_lost = False  # receipts belong to one that is not there
         self._lost_fields: set[str] = set()  # whose record is damaged
         self._blocks: list[_Block] = []
-        self._done_bytes = self._all_bytes = self._num_objects = 0
+        self._done_bytes = self._all_bytes = self._num_objects = self._num_statistics = 0
         self._names_of: tuple[Any, RowNames | None] = None, None
 
     def run(self) -> Report:
@@ -215,6 +218,7 @@ class _Audit:
         self._metadata()
         self._lost_receipts()
         self._networks()
+        self._kept_statistics()
         self._hints()
         self._nobodys()
         self._objects()
@@ -235,6 +239,7 @@ class _Audit:
             self._incomplete(),
             tuple(self._notes),
             self._splits(),
+            self._num_statistics,
         )
 
     def _splits(self) -> tuple[str, ...]:
@@ -904,6 +909,19 @@ class _Audit:
             self._add(f"{folder}/model.json", _refusal(error), **remedy)
         except FileNotFoundError:
             self._notes.append(f"{folder} is not finished: it lacks model.json or tokenizer.json")
+
+    def _kept_statistics(self) -> None:
+        """They can all be computed again: a damaged one is dropped whole."""
+        checked = check_statistics(self._store, {p for p in self._files if p.startswith(f"{STATISTICS}/")})
+        self._num_statistics = len(checked.names)
+        self._owned |= checked.owned
+        for one in checked.damages:
+            if one.rewrite is not None:
+                rewrite = ((one.path, one.rewrite),)
+                self._add(one.path, one.what, self._repaired_by("writes it again"), repairable=True, rewrite=rewrite)
+            else:
+                way_out = self._repaired_by("removes the statistic, and `emkum cache stats` makes it anew")
+                self._add(one.path, one.what, way_out, repairable=True, drop=one.drop)
 
     def _hints(self) -> None:
         if HINTS not in self._files:

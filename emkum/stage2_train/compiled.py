@@ -13,6 +13,7 @@ from emkum.models.quantise import decode_int8
 
 if TYPE_CHECKING:
     from emkum.models.backbone import BlockStack
+    from emkum.models.multiway import MultiwayStack
     from emkum.stage2_train.student import Student
 
 # Every block is one function to the compiler, which gives up after 8 versions of one. There are a dozen at most: with
@@ -31,7 +32,12 @@ def compile_blocks(student: Student, device: torch.device, backend: str | Callab
 
     torch._dynamo.config.recompile_limit = max(MOST_VERSIONS, torch._dynamo.config.recompile_limit)
     only_pictures = student.spec.text is None
-    stacks = (student.image_blocks, False), (student.text_blocks, True), (student.shared_blocks, not only_pictures)
+    stacks: tuple[tuple[BlockStack | MultiwayStack | None, bool], ...] = (
+        (student.image_blocks, False),
+        (student.text_blocks, True),
+        (student.shared_blocks, not only_pictures),
+        (student.shared_mome, True),
+    )
     for stack, lengths_vary in stacks:
         if stack is not None:
             _compile_each(stack, lengths_vary, backend)
@@ -39,7 +45,7 @@ def compile_blocks(student: Student, device: torch.device, backend: str | Callab
     return ""
 
 
-def _compile_each(stack: BlockStack, lengths_vary: bool, backend: str | Callable[..., object]) -> None:
+def _compile_each(stack: BlockStack | MultiwayStack, lengths_vary: bool, backend: str | Callable[..., object]) -> None:
     """Block by block, not the stack as a whole: the compiler then works on one block, however many there are."""
     for block in stack.blocks:
         block.compile(dynamic=lengths_vary, backend=backend)

@@ -31,9 +31,9 @@ from emkum.stage2_train.samples import SampleTable
 if TYPE_CHECKING:
     from emkum.shards.reader import Cache, Field
     from emkum.shards.segments import Segment
-    from emkum.stage2_train.recipe import FieldNames
+    from emkum.stage2_train.recipe_fields import FieldNames
 
-TEACHER = re.compile(r"teacher/(?P<network>.+)/(image|text)/(?P<what>cls|layers|logits|logits-top)")
+TEACHER = re.compile(r"teacher/(?P<network>.+)/(image|text)/(?P<what>cls|patches|layers|logits|logits-top)")
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,15 @@ class LiveSource(CachedSource):
             self._size = _crop_size(self.inputs)
             compute = self.inputs.fingerprint.get("compute") or precision
             wanted["image", compute] = [("inputs", encoder, Wanted(encoder.name, "tokens", names.cut))]
-        if self.targets is not None:
-            teacher = _teacher(self.targets, kept)
-            found = TEACHER.fullmatch(self.targets.name)
+        loaded = list(kept)
+        for role, field in self.targets.items():
+            teacher = _teacher(field, loaded)
+            loaded.append(teacher)
+            found = TEACHER.fullmatch(field.name)
             assert found is not None
-            want = wanted_target(teacher, found["what"], self.targets.fingerprint)
-            place = teacher.modality, str(self.targets.fingerprint["compute"])
-            wanted.setdefault(place, []).append(("targets", teacher, want))
+            want = wanted_target(teacher, found["what"], field.fingerprint)
+            place = teacher.modality, str(field.fingerprint["compute"])
+            wanted.setdefault(place, []).append((role, teacher, want))
         self._outputs: dict[tuple[str, str], list[str]] = {}
         for (modality, compute), members in wanted.items():
             networks = list({network.name: network for _, network, _ in members}.values())
@@ -109,7 +111,7 @@ class LiveSource(CachedSource):
                 crops[place] = torch.from_numpy(self._crop(row, view))
         if self.ids is not None and rows.text_rows_B is not None:
             ids, lengths = self._read_ids(rows.text_rows_B, buffers)
-        return HostBatch(rows, Stored(crops) if crops is not None else None, ids, lengths, None, buffers)
+        return HostBatch(rows, Stored(crops) if crops is not None else None, ids, lengths, {}, buffers)
 
     def prepare(self, host: HostBatch, device: torch.device) -> Batch:
         image_rows, views, ids, mask = self._common(host, device)
@@ -125,8 +127,8 @@ class LiveSource(CachedSource):
             # Copies made outside of inference mode, which autograd may save.
             outputs |= zip(self._outputs[modality, compute], (tensor.clone() for tensor in found), strict=True)
         host.buffers.mark_copied(device)
-        inputs, targets = outputs.get("inputs"), outputs.get("targets")
-        return Batch(image_rows, views, inputs, ids, mask, targets, self.layers_rule, self.top_logits)
+        inputs = outputs.pop("inputs", None)
+        return Batch(image_rows, views, inputs, ids, mask, outputs, self.layers_rules, self.top_logits)
 
     def _crop(self, row: int, view: int) -> np.ndarray:
         """uint8 [size, size, 3], the view as it was extracted."""

@@ -10,7 +10,7 @@ import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -29,7 +29,7 @@ from emkum.stage2_train.samples import SampleTable
 
 if TYPE_CHECKING:
     from emkum.shards.reader import Cache, Field
-    from emkum.stage2_train.recipe import FieldNames
+    from emkum.stage2_train.recipe_fields import FieldNames
 
 LOOK_UP_SECONDS = 0.2  # how often a loader that waits looks up
 
@@ -48,13 +48,13 @@ class Stored:
 
 @dataclass(frozen=True)
 class HostBatch:
-    """A batch as read: rows, inputs (tokens or crops), ids with lengths, targets. None for what it lacks."""
+    """A batch as read: rows, inputs (tokens or crops), ids with lengths, targets by role. None for what it lacks."""
 
     rows: BatchRows
     inputs: Stored | None
     ids_BL: Tensor | None
     lengths_B: Tensor | None
-    targets: Stored | None
+    targets: Mapping[str, Stored]
     buffers: Buffers
 
     def __len__(self) -> int:
@@ -63,7 +63,8 @@ class HostBatch:
     @property
     def num_bytes(self) -> int:
         """Of its numbers."""
-        stored = [tensor for one in (self.inputs, self.targets) if one for tensor in (one.values, one.scale)]
+        read = [self.inputs, *self.targets.values()]
+        stored = [tensor for one in read if one for tensor in (one.values, one.scale)]
         return sum(tensor.nbytes for tensor in (*stored, self.ids_BL) if tensor is not None)
 
 
@@ -71,8 +72,9 @@ class HostBatch:
 class Batch:
     """A batch on the device, ready for the student. tokens_BTD and targets are float32; mask_BL True = real token.
 
-    targets: [B, D] for pooled fields, [B, T, D] or [B, L, D] for token fields. layers_rule: which layers of the teacher
-    they are the mean of, where that is not the rule of the thesis. top_logits: targets are `models.targets.packed`.
+    targets, by role (`recipe.target_roles`): [B, D] for pooled fields, [B, T, D] or [B, L, D] for token fields.
+    layers_rules, by role: which layers of the teacher they are the mean of, where that is not the rule of the thesis.
+    top_logits: the logits are `models.targets.packed`.
     """
 
     image_rows_B: Tensor | None
@@ -80,8 +82,8 @@ class Batch:
     tokens_BTD: Tensor | None
     ids_BL: Tensor | None
     mask_BL: Tensor | None
-    targets: Tensor | None
-    layers_rule: LayersRule | None = None
+    targets: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    layers_rules: Mapping[str, LayersRule] = dataclasses.field(default_factory=dict)
     top_logits: bool = False
 
     def __len__(self) -> int:
@@ -147,7 +149,7 @@ class BatchSource(Protocol):
         ...
 
     def all_targets(self) -> Tensor:
-        """The pooled targets of every row and view of the table, float32 [N, V, D], on the host."""
+        """The teacher's CLS of every row and view of the table, float32 [N, V, D], on the host."""
         ...
 
 
@@ -177,20 +179,24 @@ class CachedSource:
     ) -> None:
         self.inputs = cache.field(names.inputs) if names.inputs else None
         self.ids = cache.field(names.ids) if names.ids else None
-        self.targets = cache.field(names.targets) if names.targets else None
-        self.layers_rule = other_layers_rule(self.targets)
-        self.top_logits = self.targets is not None and self.targets.kind == "top_logits"
+        self.targets = {role: cache.field(name) for role, name in names.targets.items()}
+        rules = {role: other_layers_rule(field) for role, field in self.targets.items()}
+        self.layers_rules = {role: rule for role, rule in rules.items() if rule is not None}
+        self.top_logits = "logits" in self.targets and self.targets["logits"].kind == "top_logits"
         self.prefix = prefix
         self.decode: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = decode_int8  # or a compiled one
         self.reading = ReadThreads(threads) if threads else None
         self._mixed: dict[str, MixingBuffer] = {}
         if held_blocks:
-            for field in (self.inputs, self.targets):
+            for field in (self.inputs, *self.targets.values()):
                 if field is not None and field.spec.sharded:
                     self._mixed[field.name] = MixingBuffer(field, cache.rows_per_block, held_blocks)
         self.mixing_bytes = sum(mixed.capacity_bytes for mixed in self._mixed.values())
-        pooled = self.targets is not None and self.targets.kind in ("pooled", "top_logits")
-        self.pooled = PooledTargets(self.targets, table) if pooled and self.targets and table else None
+        self.pooled = {
+            role: PooledTargets(field, table)
+            for role, field in self.targets.items()
+            if field.kind in ("pooled", "top_logits") and table is not None
+        }
         self._statistics: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._queued: dict[torch.device, torch.cuda.Event] = {}  # all steps up to the one before the last batch
@@ -203,13 +209,12 @@ class CachedSource:
 
     def read(self, rows: BatchRows, buffers: Buffers) -> HostBatch:
         buffers.wait_until_free()
-        inputs = targets = ids = lengths = None
+        inputs = ids = lengths = None
         if self.inputs is not None and rows.image_rows_B is not None:
             inputs = self._read_stored(self.inputs, rows, "inputs", buffers)
         if self.ids is not None and rows.text_rows_B is not None:
             ids, lengths = self._read_ids(rows.text_rows_B, buffers)
-        if self.targets is not None:
-            targets = self._read_targets(self.targets, rows, lengths, buffers)
+        targets = {role: self._read_targets(role, rows, lengths, buffers) for role in self.targets}
         return HostBatch(rows, inputs, ids, lengths, targets, buffers)
 
     def _read_ids(self, rows: np.ndarray, buffers: Buffers) -> tuple[Tensor, Tensor]:
@@ -223,21 +228,21 @@ class CachedSource:
         return ids, lengths
 
     def all_targets(self) -> Tensor:
-        assert self.pooled is not None
-        return torch.from_numpy(self.pooled.values_NVD).float()
+        return torch.from_numpy(self.pooled["cls"].values_NVD).float()
 
-    def _read_targets(self, field: Field, rows: BatchRows, lengths: Tensor | None, buffers: Buffers) -> Stored | None:
+    def _read_targets(self, role: str, rows: BatchRows, lengths: Tensor | None, buffers: Buffers) -> Stored:
+        field = self.targets[role]
         wanted, _ = _rows_in(field, rows)
-        if wanted is None:
-            return None
-        if self.pooled is not None:
+        assert wanted is not None, f"{role} of a batch without rows of {field.space}s"
+        if role in self.pooled:
             assert rows.views_B is not None
-            pooled = buffers.tensor("targets", (len(wanted), self.pooled.width), self.pooled.dtype)
-            self.pooled.take(wanted, rows.views_B, pooled.numpy())
+            held = self.pooled[role]
+            pooled = buffers.tensor(role, (len(wanted), held.width), held.dtype)
+            held.take(wanted, rows.views_B, pooled.numpy())
             return Stored(pooled)
-        if self.top_logits:
+        if field.kind == "top_logits":
             return Stored(torch.from_numpy(packed_rows(field, wanted, 0 if rows.views_B is None else rows.views_B)))
-        stored = self._read_stored(field, rows, "targets", buffers)
+        stored = self._read_stored(field, rows, role, buffers)
         if field.space == "image":
             return stored
         assert lengths is not None
@@ -280,7 +285,8 @@ class CachedSource:
         with torch.cuda.stream(copies):
             batch = self._moved(host, device)
         compute.wait_stream(copies)
-        for tensor in (getattr(batch, field.name) for field in dataclasses.fields(batch)):
+        whole = (getattr(batch, spec.name) for spec in dataclasses.fields(batch))
+        for tensor in (*whole, *batch.targets.values()):
             if isinstance(tensor, Tensor):
                 tensor.record_stream(compute)
         return self._with_prefix(batch)
@@ -288,14 +294,13 @@ class CachedSource:
     def _moved(self, host: HostBatch, device: torch.device) -> Batch:
         """The batch on the device and decoded, but for crops, which stay what they are in place of tokens."""
         image_rows, views, ids, mask = self._common(host, device)
-        tokens = targets = None
+        tokens = None
         if host.inputs is not None and self.inputs is not None:
             is_crops = self.inputs.kind == "crops"
             tokens = _to(host.inputs.values, device) if is_crops else self._decode(self.inputs, host.inputs, device)
-        if host.targets is not None and self.targets is not None:
-            targets = self._decode(self.targets, host.targets, device)
+        targets = {role: self._decode(self.targets[role], stored, device) for role, stored in host.targets.items()}
         host.buffers.mark_copied(device)
-        return Batch(image_rows, views, tokens, ids, mask, targets, self.layers_rule, self.top_logits)
+        return Batch(image_rows, views, tokens, ids, mask, targets, self.layers_rules, self.top_logits)
 
     def _with_prefix(self, batch: Batch) -> Batch:
         if batch.tokens_BTD is None or self.inputs is None or self.inputs.kind != "crops":

@@ -1,36 +1,70 @@
-"""Parameter groups and the learning rate as a function of the step."""
+"""Parameter groups, the learning rate as a function of the step, and how large gradients are."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from emkum.stage2_train.losses import Terms
 from emkum.stage2_train.recipe import BATCH_OF_RATES, Recipe
-from emkum.stage2_train.student import PRETRAINED_PARTS, Student
+from emkum.stage2_train.student import Student, pretrained_parts
+from emkum.stage2_train.terms.term import Terms
+
+BLOCK = re.compile(r"(image_blocks|text_blocks)\.(?:blocks|biases)\.(\d+)\.")
+SHARED_PARTS = ("shared blocks", "shared MoME", "shared MLP")
 
 
 def parameter_groups(student: Student, terms: Terms, recipe: Recipe) -> list[dict[str, Any]]:
-    """Four groups: pretrained blocks and new parts, each with and without weight decay.
+    """Pretrained blocks and new parts, each with and without weight decay; more groups where they have other rates.
 
     Vectors (biases, norms, LayerScale), scales, token types, position tables and relative biases do not decay.
     """
-    pretrained = {id(p) for part in PRETRAINED_PARTS for p in student.parts().get(part, [])}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    part_of = {id(p): part for part, parameters in student.parts().items() for p in parameters}
+    factors = layer_factors(student, recipe.optimiser.layer_decay)
+    groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     for name, parameter in [*student.named_parameters(), *terms.named_parameters()]:
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not any(word in name for word in ("types", "positions", "biases."))
-            groups.setdefault((id(parameter) in pretrained, decays), []).append(parameter)
+            key = rate_key(recipe, part_of.get(id(parameter), "")), factors.get(name, 1.0), decays
+            groups.setdefault(key, []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": peak_rate(recipe, encoder),
+            "lr": factor * getattr(recipe.optimiser, rate_name) * recipe.training.step_batch / BATCH_OF_RATES,
             "weight_decay": recipe.optimiser.weight_decay if decays else 0.0,
         }
-        for (encoder, decays), parameters in groups.items()
+        for (rate_name, factor, decays), parameters in groups.items()
     ]
+
+
+def rate_key(recipe: Recipe, part: str) -> str:
+    """Which rate of [optimiser] a part of the student has: its own, where the recipe gives one."""
+    own = {"image blocks": "image_encoder_lr", "text embedding": "text_encoder_lr", "text blocks": "text_encoder_lr"}
+    key = own.get(part, "shared_lr" if part in SHARED_PARTS else "lr")
+    if getattr(recipe.optimiser, key) != "auto":
+        return key
+    return "encoder_lr" if part in pretrained_parts(recipe) else "lr"
+
+
+def layer_factors(student: Student, decay: float) -> dict[str, float]:
+    """By the name of a pretrained block's parameter: decay ** (1 + blocks of its encoder behind it).
+
+    The text embedding lies in front of all text blocks. BEiT (arXiv:2106.08254), appendix H: there too the topmost
+    block has one factor of `decay`, and what comes after the encoder has none. 1 for all: no parameter is named.
+    """
+    if decay == 1:
+        return {}
+    names = [name for name, _ in student.named_parameters()]
+    found = {name: (match[1], int(match[2])) for name in names if (match := BLOCK.match(name))}
+    depth = {side: 1 + max(number for s, number in found.values() if s == side) for side, _ in found.values()}
+    factors = {name: decay ** (depth[side] - number) for name, (side, number) in found.items()}
+    for name in names:  # what lies in front of the blocks, or is common to them
+        if name not in factors and name.startswith(("image_blocks.", "text_blocks.", "text_embedding.")):
+            factors[name] = decay ** (depth.get("image_blocks" if name.startswith("image") else "text_blocks", 0) + 1)
+    return factors
 
 
 def peak_rate(recipe: Recipe, pretrained: bool = False) -> float:
@@ -49,3 +83,35 @@ def rate(recipe: Recipe, step: int, num_steps: int) -> float:
         return 1.0
     progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
     return wanted.final_lr + (1 - wanted.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# --- gradients ---------------------------------------------------------------------------------------------------
+
+
+def trained_parts(student: Student, terms: Terms) -> dict[str, list[nn.Parameter]]:
+    """What is trained, by the name of its column: each part of the student, and what the objectives learn."""
+    parts = {part.replace(" ", "_").lower(): parameters for part, parameters in student.parts().items()}
+    parts["objectives"] = list(terms.parameters())
+    trained = {part: [p for p in parameters if p.requires_grad] for part, parameters in parts.items()}
+    return {f"grad_norm_{part}": parameters for part, parameters in trained.items() if parameters}
+
+
+def gradient_norms(student: Student, terms: Terms) -> dict[str, Tensor]:
+    """Euclidean norms of the gradient as it is, `grad_norm` of the whole and one a part, scalars on the device."""
+    parts = trained_parts(student, terms)
+    norms = {part: _norm([p.grad for p in parameters if p.grad is not None]) for part, parameters in parts.items()}
+    device = next(student.parameters()).device
+    norms = {part: norm.to(device) for part, norm in norms.items()}
+    return {"grad_norm": torch.linalg.vector_norm(torch.stack(list(norms.values()))), **norms}
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    if not gradients:
+        return torch.zeros(())
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)).float())
+    return norm
+
+
+def norm_names(student: Student, terms: Terms) -> list[str]:
+    """The columns of the log that `gradient_norms` fills."""
+    return ["grad_norm", *trained_parts(student, terms)]

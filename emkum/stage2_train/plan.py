@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import platform
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,25 +21,23 @@ from emkum.models.network import Network, load_saved
 from emkum.models.passes import FrozenPass, Wanted, chosen_device, good_compute
 from emkum.shards.reader import Cache
 from emkum.shards.shard_files import VERIFY, ReadThreads, Verify, machine_memory_bytes
+from emkum.stage2_train.averaging import start_average
 from emkum.stage2_train.live import LiveSource
 from emkum.stage2_train.loader import BatchSource, CachedSource, Prefix, other_layers_rule
-from emkum.stage2_train.losses import Terms, bank_in_words, make_bank, students_rule
+from emkum.stage2_train.losses import students_rule
 from emkum.stage2_train.mixing import SPARE_BLOCKS, blocks_held
 from emkum.stage2_train.order import Shuffle, TrainOrder
-from emkum.stage2_train.recipe import (
-    FieldNames,
-    Recipe,
-    choose_recipe,
-    load_recipe,
-    recipe_from_table,
-    required_fields,
-    target_kind,
-)
+from emkum.stage2_train.ranks import Ranks, check_devices
+from emkum.stage2_train.recipe import Recipe, compared_role, load_recipe, recipe_from_table
+from emkum.stage2_train.recipe_fields import FieldNames, choose_recipe, required_fields
 from emkum.stage2_train.resume import check_same_run, continue_command, run_identity, start_command
 from emkum.stage2_train.run_folder import RunFolder, git_revision
+from emkum.stage2_train.run_log import check_loggers
 from emkum.stage2_train.samples import SampleTable, sample_table
 from emkum.stage2_train.storage_probe import needs_probe, probe_storage
 from emkum.stage2_train.student import Student, build_student, parameter_table
+from emkum.stage2_train.terms.build import Setting, make_terms
+from emkum.stage2_train.terms.term import Terms
 from emkum.stage2_train.validation import Validator
 
 Say = Callable[[str], None]
@@ -60,7 +59,9 @@ class TrainConfig:
     storage is slow at single ones (or the run's own, on resume); mix_blocks: blocks that "blocks" mixes, 8 by
     default.
     verify: when checksums of what is read are looked at. threads: share the reading of a batch. chunk: samples that
-    the student computes at a time, recomputed in the backward pass; 0: the whole batch.
+    the student computes at a time, recomputed in the backward pass; 0: the whole batch. devices: GPUs, or processes on
+    the CPU, that share each batch. loggers: of run_log.LOGGERS, beside metrics.csv. fast_dev_run: a few steps and a
+    validation in a folder that is thrown away.
     """
 
     cache: Path | str = Path("shards")
@@ -85,6 +86,9 @@ class TrainConfig:
     activation_checkpointing: bool = False
     chunk: int = 0
     compile: bool = False
+    devices: int = 1
+    loggers: tuple[str, ...] = ("tensorboard",)
+    fast_dev_run: bool = False
 
     def __post_init__(self) -> None:
         _require(self.seed is None or 0 <= self.seed < 2**63, f"--seed {self.seed}", "give a number from 0")
@@ -106,6 +110,10 @@ class TrainConfig:
         minutes = self.checkpoint_minutes
         _require(minutes >= 0, f"checkpoint_minutes {minutes}", "give minutes, from 0: after every step")
         _require(not self.resume or self.run_dir is not None, "--resume without --run-dir", "name the run's folder")
+        check_devices(self.devices, self.device)
+        check_loggers(self.loggers)
+        alone = not (self.fast_dev_run and self.resume)
+        _require(alone, "--fast-dev-run with --resume", "it trains from the start, in a folder of its own")
 
 
 def _require(good: bool, what: str, way_out: str) -> None:
@@ -130,25 +138,28 @@ class Plan:
     order: TrainOrder
     student: Student
     terms: Terms
+    average: Student | None  # of the student's weights, training.ema
     source: BatchSource
     prefix: Prefix | None
     identity: dict[str, Any]
 
 
-def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
+def make_plan(config: TrainConfig, before: Mapping[str, Any] | None, ranks: Ranks = Ranks()) -> Plan:
     """Reads recipe and cache and builds the student. `before`: run.json of the run to continue; its choices stand."""
     cache = Cache.open(config.cache, verify=config.verify)
     recipe, why = _recipe(config, cache, before)
     if before is not None:  # before anything that another recipe would trip over
         check_same_run(before, {**before["identity"], "recipe": recipe.to_json()}, config)
     names = required_fields(recipe, cache)
-    device = chosen_device(config.device)
+    device = ranks.device(chosen_device(config.device))
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {config.device}: training runs on cpu and cuda", "use --device cpu")
     compute = _compute(config, before, device)
     seed = config.seed if config.seed is not None else int(before["seed"]) if before else 0
 
-    table = sample_table(cache, recipe, names, recipe.data.split, allow_partial=config.allow_partial)
+    table = sample_table(
+        cache, recipe, names, recipe.data.split, allow_partial=config.allow_partial, seed=seed
+    )
     shuffle, why_shuffle = _shuffle(config, cache, names, recipe.training.step_batch, before)
     order = _step_order(table, recipe, seed, shuffle)
     order.num_steps = recipe.training.epochs * order.steps_per_epoch
@@ -157,10 +168,10 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
 
     image_network = load_saved(cache.model_dir(names.encoder)) if names.encoder else None
     text_network = load_saved(cache.model_dir(names.text_encoder)) if names.text_encoder else None
-    _check_tokenizer(cache, recipe, names)
-    _check_target_shape(cache, recipe, names, image_network, text_network)
+    _check_tokenizer(cache, names)
+    _check_target_shapes(cache, names, image_network, text_network)
     target_width = _target_width(cache, recipe, names)
-    student = build_student(recipe, names, image_network, text_network, target_width, seed)
+    student = build_student(recipe, names, image_network, text_network, target_width, seed, cache=cache)
     _check_rule(cache, recipe, names, student)
     student.checkpoint_activations(config.activation_checkpointing)
 
@@ -170,10 +181,10 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
         source = LiveSource(cache, names, table, device, config.data, precision=compute, threads=config.threads)
     else:
         held = blocks_held(shuffle.window, cache.rows_per_block, order.batch) if shuffle.window else 0
-        _require_memory(cache, names, held)
+        _require_memory(cache, names, held * ranks.number)
         source = CachedSource(cache, names, table, prefix, threads=config.threads, held_blocks=held)
         _check_classes(names, source, target_width)
-    terms = Terms(recipe, make_bank(recipe, table, source, target_width))
+    terms = make_terms(Setting(recipe, student, cache, names, table, source, seed))
     identity = run_identity(recipe, cache, names, table, len(order), seed, compute, config.live, shuffle)
     return Plan(
         config,
@@ -189,6 +200,7 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None) -> Plan:
         order,
         student,
         terms,
+        start_average(student) if recipe.training.ema else None,
         source,
         prefix,
         identity,
@@ -287,19 +299,21 @@ def _compute(config: TrainConfig, before: Mapping[str, Any] | None, device: torc
     return str(before["precision"]) if before is not None else good_compute(device)
 
 
-def _check_tokenizer(cache: Cache, recipe: Recipe, names: FieldNames) -> None:
-    """text-kd: raise UsageError where the teacher read other tokens than the student's ids."""
-    if recipe.kind != "texts" or names.targets is None or names.ids is None:
-        return
-    ids, taught = cache.field(names.ids).fingerprint, cache.field(names.targets).fingerprint
-    for key in ("tokenizer", "max_tokens"):
-        if ids.get(key) != taught.get(key):
-            raise UsageError(
-                f"{names.ids} has {key} {ids.get(key)}, {names.targets} has {taught.get(key)}: layers-mse compares "
-                "them token by token",
-                "choose fields of one tokenizer with --set data.ids=... and data.targets=..., or extract both at once "
-                "with the same --max-tokens",
-            )
+def _check_tokenizer(cache: Cache, names: FieldNames) -> None:
+    """Raise UsageError where the teacher read other tokens than the student's ids."""
+    for role in ("text_layers", "pair_layers"):
+        if role not in names.targets or names.ids is None:
+            continue
+        target = cache.field(names.targets[role])
+        ids, taught = cache.field(names.ids).fingerprint, target.fingerprint
+        for key in ("tokenizer", "max_tokens"):
+            if ids.get(key) != taught.get(key):
+                raise UsageError(
+                    f"{names.ids} has {key} {ids.get(key)}, {target.name} has {taught.get(key)}: layers are compared "
+                    "token by token",
+                    "choose fields of one tokenizer with --set data.ids=... and data.targets=..., or extract both at "
+                    "once with the same --max-tokens",
+                )
 
 
 def _target_width(cache: Cache, recipe: Recipe, names: FieldNames) -> int | None:
@@ -307,15 +321,16 @@ def _target_width(cache: Cache, recipe: Recipe, names: FieldNames) -> int | None
 
     Raises UsageError where a field of the largest logits does not say of how many classes they are.
     """
-    if names.targets is None or target_kind(recipe) not in ("cls", "logits"):
+    role = compared_role(recipe)
+    if role is None:
         return None
-    field, asked = cache.field(names.targets), recipe.student.head_width
+    field, asked = cache.field(names.targets[role]), recipe.student.head_width
     if field.kind != "top_logits":
         return field.row_shape[-1]
     classes = field.record.get("environment", {}).get("classes")
     if asked == "auto" and not classes:
         raise UsageError(
-            f"{names.targets} keeps the {field.row_shape[0] - 1} largest logits, and not how many classes there are",
+            f"{field.name} keeps the {field.row_shape[0] - 1} largest logits, and not how many classes there are",
             "say how many the teacher has: --set student.head_width=1000",
         )
     return int(classes or asked)
@@ -323,54 +338,64 @@ def _target_width(cache: Cache, recipe: Recipe, names: FieldNames) -> int | None
 
 def _check_classes(names: FieldNames, source: CachedSource, head_width: int | None) -> None:
     """Raise UsageError where one of the largest logits is of a class that the head does not have."""
-    if head_width is None or source.pooled is None or not source.top_logits:
+    if head_width is None or not source.top_logits:
         return
-    largest = int(source.pooled.values_NVD[..., source.pooled.width // 2 + 1 :].max())
+    held = source.pooled["logits"]
+    largest = int(held.values_NVD[..., held.width // 2 + 1 :].max())
     if largest >= head_width:
         raise UsageError(
-            f"student.head_width = {head_width}: {names.targets} has class {largest}, the first being 0",
+            f"student.head_width = {head_width}: {names.targets['logits']} has class {largest}, the first being 0",
             "say how many classes the teacher has: --set student.head_width=1000",
         )
 
 
-def _check_target_shape(
-    cache: Cache, recipe: Recipe, names: FieldNames, image_network: Network | None, text_network: Network | None
+def _check_target_shapes(
+    cache: Cache, names: FieldNames, image_network: Network | None, text_network: Network | None
 ) -> None:
-    """layers-mse compares token by token: raise UsageError where teacher and student differ in tokens or width."""
-    if recipe.objectives.layers_mse is None or names.targets is None:
-        return
-    teacher = cache.field(names.targets).row_shape
-    network = image_network or text_network
-    assert network is not None
-    student: tuple[int, ...] = (teacher[0], network.width)
-    if names.inputs is not None and not names.live_prefix:
-        student = cache.field(names.inputs).row_shape
-        rule = other_layers_rule(cache.field(names.targets))
-        if rule is not None and rule.prefix == "drop":
-            student = (student[0] - network.num_prefix, *student[1:])
-    if tuple(teacher) != tuple(student):
-        raise UsageError(
-            f"{names.targets} has {teacher[0]} tokens of {teacher[1]} channels, the student {student[0]} of "
-            f"{student[1]}: layers-mse compares them one by one",
-            "choose a teacher with the encoder's patch size and width, or the encoder itself",
-        )
+    """Layers are compared token by token: raise UsageError where teacher and student differ in tokens or width."""
+    for role in _LAYERS:
+        if role not in names.targets:
+            continue
+        target = cache.field(names.targets[role])
+        teacher = tuple(target.row_shape)
+        network = image_network if role == "layers" else text_network
+        assert network is not None
+        # Texts that go through shared blocks have the width of pictures.
+        width = image_network.width if role == "pair_layers" and image_network is not None else network.width
+        student: tuple[int, ...] = (teacher[0], width)
+        if role == "layers" and names.inputs is not None and not names.live_prefix:
+            student = cache.field(names.inputs).row_shape
+            rule = other_layers_rule(target)
+            if rule is not None and rule.prefix == "drop":
+                student = (student[0] - network.num_prefix, *student[1:])
+        if teacher != tuple(student):
+            raise UsageError(
+                f"{target.name} has {teacher[0]} tokens of {teacher[1]} channels, the student {student[0]} of "
+                f"{student[1]}: layers-mse compares them one by one",
+                "choose a teacher with the encoder's patch size and width, or the encoder itself",
+            )
+
+
+_LAYERS = ("layers", "text_layers", "pair_layers")
 
 
 def _check_rule(cache: Cache, recipe: Recipe, names: FieldNames, student: Student) -> None:
     """Raise UsageError where the rule of the targets counts none of the student's blocks."""
-    if recipe.objectives.layers_mse is None or names.targets is None:
+    if recipe.objectives.layers_mse is None:
         return
-    rule = students_rule(student, other_layers_rule(cache.field(names.targets)))
-    if not rule.counted(student.depth):
+    (role, name), depth = next(iter(names.targets.items())), student.depth
+    rule = students_rule(student, role, other_layers_rule(cache.field(name)))
+    if not rule.counted(depth):
         raise UsageError(
-            f"{names.targets} is the {rule.words}: the student has {student.depth} blocks, and none is counted",
+            f"{name} is the {rule.words}: the student has {depth} blocks, and none is counted",
             "train more of them, or choose other targets: --set data.targets=...",
         )
 
 
 def _layers_line(plan: Plan) -> str:
     """What layers-mse compares, and what of its rule the student cannot follow."""
-    rule = students_rule(plan.student, other_layers_rule(plan.cache.field(str(plan.names.targets))))
+    role, name = next(iter(plan.names.targets.items()))
+    rule = students_rule(plan.student, role, other_layers_rule(plan.cache.field(name)))
     depth = plan.student.depth
     fewer = rule.last is not None and rule.last > len(rule.counted(depth))
     left = f"; the student has {depth} blocks, and all that are counted take part" if fewer else ""
@@ -395,7 +420,7 @@ def run_info(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, fr
         command = started = start_command(plan.config, plan.recipe, plan.seed, decided, folder.dir)
     else:
         command, started = continue_command(plan.config, folder.dir), before["command"]
-    session = {"command": command, "from_step": from_step, "device": str(plan.device)}
+    session = {"command": command, "from_step": from_step, "device": str(plan.device), "devices": plan.config.devices}
     return {
         "command": started,
         "sessions": [*(before.get("sessions", []) if before else []), session],
@@ -417,11 +442,14 @@ def run_info(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, fr
         "samples": plan.table.num_samples,
         "steps_per_epoch": plan.order.steps_per_epoch,
         "total_steps": len(plan.order),
-        "bank": bank_in_words(plan.terms.bank),
+        "terms": plan.terms.summary(),
+        "origins": list(plan.student.origins),
         "parameters": {
             count.part: {"trainable": count.trainable, "frozen": count.frozen}
-            for count in parameter_table(plan.student)
+            for count in parameter_table(plan.student, with_encoder=True)
         },
+        "devices": plan.config.devices,
+        "wandb_id": before["wandb_id"] if before and "wandb_id" in before else secrets.token_hex(4),
         "git_revision": git_revision(),
         "versions": {
             "emkum": emkum.__version__,
@@ -453,6 +481,14 @@ def _in_front(plan: Plan) -> str:
     return f"; pictures go through {blocks} of {plan.names.encoder}, frozen{left}"
 
 
+def _where(info: Mapping[str, Any]) -> str:
+    """Device and ranks, for people."""
+    count = info["devices"]
+    if count == 1:
+        return str(info["device"])
+    return f"{count} GPUs" if str(info["device"]).startswith("cuda") else f"{count} processes of the CPU"
+
+
 def run_summary(plan: Plan, info: Mapping[str, Any], validator: Validator | None) -> list[str]:
     """The lines printed before the first step."""
     recipe, table, order = plan.recipe, plan.table, plan.order
@@ -476,19 +512,21 @@ def run_summary(plan: Plan, info: Mapping[str, Any], validator: Validator | None
         lines.append(f"shuffled row by row ({plan.why_shuffle})")
     if recipe.objectives.layers_mse:
         lines.append(_layers_line(plan))
-    if info["bank"]:
-        lines.append(f"bank of ctl: {info['bank']}")
+    lines += info["terms"]
     if validator is not None:
-        lines.append(f"validated every {recipe.evaluation.every_epochs} epochs on {validator.on}")
+        patience = recipe.evaluation.patience
+        ends = f"; the run ends after {patience} without a better {validator.name}" if patience else ""
+        lines.append(f"validated every {recipe.evaluation.every_epochs} epochs on {validator.on}{ends}")
     else:
         split = recipe.evaluation.split
         lacking = [name for name in plan.names.needed() if not len(plan.cache.field(name).rows(split))]
         why = f" (it has no {' and no '.join(lacking)})" if split in plan.cache.splits and lacking else ""
         lines.append(f"nothing to validate on in a split {split!r}{why}: the last student is the best")
+    lines += plan.student.origins
     trainable = frozen = 0
     for part, counts in info["parameters"].items():
         lines.append(f"  {part:16} {counts['trainable']:>12,} trained {counts['frozen']:>12,} frozen")
         trainable, frozen = trainable + counts["trainable"], frozen + counts["frozen"]
     lines.append(f"  {'student':16} {trainable:>12,} trained {frozen:>12,} frozen")
-    lines.append(f"on {info['device']} in {info['precision']}, seed {info['seed']}")
+    lines.append(f"on {_where(info)} in {info['precision']}, seed {info['seed']}")
     return lines

@@ -5,29 +5,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from emkum.errors import MissingCaptions, MissingField, UnknownRecipe, UsageError
-from emkum.shards.layout import CROPS
-
-if TYPE_CHECKING:
-    from emkum.shards.reader import Cache
+from emkum.errors import UnknownRecipe, UsageError
+from emkum.stage2_train.objective_recipes import ObjectivesRecipe, ranged
+from emkum.stage2_train.student_recipe import IMAGE_KEYS, TEXT_KEYS, StudentRecipe, check_student
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
+THESIS_NAMES = {"ssmke-mse": "cls-mse", "no-teacher": "itc-only"}  # what the thesis calls them
 BATCH_OF_RATES = 256  # learning rates in a recipe are for this batch and grow in proportion to it
-
-Blocks = int | Literal["half", "all"]
-
-
-def ranged(default: Any, low: float, high: float = math.inf, *, below: bool = False) -> Any:
-    """A dataclass field whose number (or every number of a tuple) lies in [low, high]; below: in [low, high)."""
-    return field(default=default, metadata={"range": (low, high), "below": below})
 
 
 @dataclass(frozen=True)
@@ -39,95 +30,10 @@ class DataRecipe:
     encoder: str = "auto"  # the frozen network in front of crops; with token inputs the field's own
     cut: int | Literal["auto"] = ranged("auto", 0)  # the depth it runs to: "auto" is 0; with tokens the field's own
     ids: str = "auto"  # text/<tokenizer>/ids
-    targets: str = "auto"  # teacher/<name>/<image|text>/<cls|layers|logits|logits-top>
+    targets: str | tuple[str, ...] = "auto"  # teacher/<name>/<image|text|pair>/<cls|patches|layers|logits|logits-top>
+    fraction: float = ranged(1.0, 0.0, 1.0)  # of the split's pictures, or texts; which ones the seed decides
     captions: Literal["one", "all"] = "one"  # an epoch: each picture once with a drawn caption, or each caption once
     views: Literal["draw", "first"] = "draw"  # of several views of a picture: one drawn each epoch, or view 0
-
-
-@dataclass(frozen=True)
-class StudentRecipe:
-    """The trained network: blocks of the frozen networks, shared blocks, heads.
-
-    `image_blocks`: how many of the encoder's blocks follow the cut. "half" takes those that are left of its first
-    half (0 when the cut lies behind it), "all" those to its end. `text_blocks`: the first so many of the text encoder.
-    """
-
-    image_blocks: Blocks = "half"
-    text_blocks: Blocks = "all"
-    frozen_image_blocks: int = ranged(0, 0)  # of the student's image blocks, the first so many stay as they are
-    frozen_text_blocks: int = ranged(0, 0)
-    train_embeddings: bool = False  # the text encoder's token embedding, positions and their norm
-    shared: Literal["blocks", "mlp", "attention-mlp"] = "blocks"  # Transformer blocks, or shared_mlp.py
-    shared_blocks: int = ranged(1, 0)
-    shared_heads: int | Literal["auto"] = ranged("auto", 1)  # "auto": heads of 64 channels
-    shared_mlp_ratio: float = ranged(4.0, 0.25, 16.0)
-    token_types: bool = True
-    image_pooling: Literal["cls", "mean"] = "cls"
-    text_pooling: Literal["cls", "mean"] = "cls"
-    head_width: int | Literal["auto"] = ranged("auto", 1)  # "auto": the target's width, else the student's
-
-
-@dataclass(frozen=True)
-class ItcRecipe:
-    """Image-text contrast; see objectives/itc.py. `layers`: the student's features, or every layer of its shared MLP,
-    each with its own temperature, and the mean of their losses."""
-
-    weight: float = ranged(1.0, 0.0)
-    temperature: float = ranged(0.07, 0.01, 10.0)  # the start of the learned one
-    layers: Literal["last", "all"] = "last"
-
-
-@dataclass(frozen=True)
-class CtlRecipe:
-    """Contrastive target loss; see objectives/ctl.py. `bank`: rows of the FIFO, "all" rows of the cache, or "auto":
-    a FIFO of 65,536 rows, and every row where the cache has no more than that."""
-
-    weight: float = ranged(1.0, 0.0)
-    temperature: float = ranged(0.07, 0.01, 10.0)
-    bank: int | Literal["auto", "all"] = field(default="auto", metadata={"range": (0, 2**31)})
-
-
-@dataclass(frozen=True)
-class ClsMseRecipe:
-    """Regression of the teacher's CLS; see objectives/cls_mse.py."""
-
-    weight: float = ranged(1.0, 0.0)
-
-
-@dataclass(frozen=True)
-class LayersMseRecipe:
-    """Regression of the teacher's mean layer at every token; see objectives/layers_mse.py."""
-
-    weight: float = ranged(1.0, 0.0)
-
-
-@dataclass(frozen=True)
-class LogitsKlRecipe:
-    """The teacher's class distribution, predicted by the head; see objectives/logits_kl.py."""
-
-    weight: float = ranged(1.0, 0.0)
-    temperature: float = ranged(1.0, 0.01, 100.0)  # T; fixed
-
-
-@dataclass(frozen=True)
-class RankingRecipe:
-    """Hinge on cosines of pairs and others; see objectives/ranking.py. `layers` as for itc."""
-
-    weight: float = ranged(1.0, 0.0)
-    margin: float = ranged(0.1, 0.0, 2.0)
-    layers: Literal["last", "all"] = "last"
-
-
-@dataclass(frozen=True)
-class ObjectivesRecipe:
-    """The terms of the loss. A term whose table is absent is not computed."""
-
-    itc: ItcRecipe | None = None
-    ctl: CtlRecipe | None = None
-    cls_mse: ClsMseRecipe | None = None
-    layers_mse: LayersMseRecipe | None = None
-    logits_kl: LogitsKlRecipe | None = None
-    ranking: RankingRecipe | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +42,10 @@ class OptimiserRecipe:
 
     lr: float = ranged(5e-4, 0.0, 1.0)  # new parts: shared blocks, projections, heads, temperatures
     encoder_lr: float = ranged(5e-5, 0.0, 1.0)  # blocks that start from a pretrained network
+    image_encoder_lr: float | Literal["auto"] = ranged("auto", 0.0, 1.0)  # "auto": encoder_lr
+    text_encoder_lr: float | Literal["auto"] = ranged("auto", 0.0, 1.0)  # "auto": encoder_lr
+    shared_lr: float | Literal["auto"] = ranged("auto", 0.0, 1.0)  # shared blocks or MLP; "auto": lr
+    layer_decay: float = ranged(1.0, 0.01, 1.0)  # each block of an encoder has so much of the rate of the next
     betas: tuple[float, float] = ranged((0.9, 0.98), 0.0, 1.0, below=True)
     eps: float = ranged(1e-6, 1e-12, 1.0)
     weight_decay: float = ranged(0.01, 0.0, 10.0)
@@ -152,6 +62,7 @@ class TrainingRecipe:
     epochs: int = ranged(10, 1)
     batch: int = ranged(256, 1)
     accumulate: int = ranged(1, 1)  # the optimiser steps after so many batches, with the mean of their gradients
+    ema: float = ranged(0.0, 0.0, 1.0, below=True)  # decay of the average of the student's weights; 0: none is kept
 
     @property
     def step_batch(self) -> int:
@@ -166,6 +77,8 @@ class EvaluationRecipe:
     split: str = "val"  # a split the cache does not have, such as "none": no validation
     every_epochs: int = ranged(1, 1)
     batch: int = ranged(256, 1)
+    best: str = "auto"  # the score that decides what is best, a column of the log; "auto": val_mean_recall, or val_loss
+    patience: int = ranged(0, 0)  # stop after so many validations in a row that were not the best; 0: never
 
 
 @dataclass(frozen=True)
@@ -208,16 +121,44 @@ def shipped_recipes() -> list[str]:
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a shipped name or a TOML file, with `path=value` overrides applied.
 
-    Values are TOML or bare words; `objectives.NAME=none` takes an objective out.
+    Values are TOML or bare words; `objectives.NAME=none` takes an objective out. A file may begin with `base = NAME`,
+    of a shipped recipe that it says the differences to; `NAME = "none"` under [objectives] takes one out there.
     Raises UnknownRecipe for a name, file or key that does not exist, UsageError for a value out of range.
     """
     path = _recipe_path(str(source))
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {path} is not TOML: {error}", "docs/training.md shows a recipe") from error
+    table = _read_toml(path)
+    if (base := table.pop("base", None)) is not None:
+        table = _on_base(base, table, path)
     table.setdefault("name", path.stem)
     return recipe_from_table(table, overrides)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return _underscored(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path} is not TOML: {error}", "docs/training.md shows a recipe") from error
+
+
+def _on_base(base: Any, table: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The shipped recipe `base` with the values of `table` in place of its own."""
+    if base not in shipped_recipes():
+        raise UnknownRecipe(
+            f"recipe {path} has base = {base!r}, which is no shipped recipe ({', '.join(shipped_recipes())})",
+            "name one of these, or leave base out",
+        )
+    found = _read_toml(RECIPES_DIR / f"{base}.toml")
+    if "base" in found:
+        raise UnknownRecipe(f"recipe {path} has base = {base!r}, which has a base itself", f"use {found['base']!r}")
+    return _merged(found, table)
+
+
+def _merged(base: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in table.items():
+        both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
 
 
 def recipe_from_table(table: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -225,6 +166,8 @@ def recipe_from_table(table: Mapping[str, Any], overrides: Sequence[str] = ()) -
     nested: dict[str, Any] = _underscored(table)
     for override in overrides:
         _apply_override(nested, override)
+    if isinstance(terms := nested.get("objectives"), Mapping):
+        nested["objectives"] = {term: value for term, value in terms.items() if value != "none"}
     where = f"recipe {nested.get('name', '')}".strip()
     recipe: Recipe = _build(Recipe, nested, where, "")
     _check_kind(recipe, where)
@@ -233,15 +176,16 @@ def recipe_from_table(table: Mapping[str, Any], overrides: Sequence[str] = ()) -
 
 def _recipe_path(source: str) -> Path:
     shipped = shipped_recipes()
+    source = THESIS_NAMES.get(source, source)
     if source in shipped:
         return RECIPES_DIR / f"{source}.toml"
     path = Path(source)
     if path.suffix == ".toml" and path.is_file():
         return path
     close = difflib.get_close_matches(source, shipped, n=1)
-    hint = f"did you mean {close[0]}?" if close else "give one of these, or a .toml file"
+    hint = f"did you mean {close[0]}? " if close else ""
     missing = "no such file" if path.suffix == ".toml" else "no such recipe"
-    raise UnknownRecipe(f"{missing}: {source} (shipped: {', '.join(shipped)})", hint)
+    raise UnknownRecipe(f"{missing}: {source}", f"{hint}`emkum recipes` lists those that come with emkum")
 
 
 def _underscored(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,7 +201,7 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     keys = [key.strip().replace("-", "_") for key in path.split(".")]
     if not equals or not all(keys):
         raise UsageError(f"--set {override} is not path=value", "for example --set training.batch=128")
-    value = None if text.strip() == "none" and keys[0] == "objectives" else _override_value(text.strip())
+    value = None if text.strip() == "none" and keys[0] == "objectives" else override_value(text.strip())
     for key in keys[:-1]:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
@@ -270,7 +214,7 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
         table[keys[-1]] = value
 
 
-def _override_value(text: str) -> Any:
+def override_value(text: str) -> Any:
     """A TOML value; a bare word is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -323,6 +267,8 @@ def _fits(option: Any, value: Any) -> tuple[bool, Any]:
         return value in get_args(option) and type(value) in {type(v) for v in get_args(option)}, value
     if get_origin(option) is tuple:
         members = get_args(option)
+        if isinstance(value, (list, tuple)) and members[1:] == (...,):
+            members = members[:1] * len(value)
         if not isinstance(value, (list, tuple)) or len(value) != len(members):
             return False, value
         pairs = [_fits(member, item) for member, item in zip(members, value, strict=True)]
@@ -339,7 +285,7 @@ def _described(options: Sequence[Any]) -> str:
         if get_origin(option) is Literal:
             texts += [repr(value) for value in get_args(option)]
         elif get_origin(option) is tuple:
-            texts.append(f"{len(get_args(option))} numbers")
+            texts.append("a list of strings" if ... in get_args(option) else f"{len(get_args(option))} numbers")
         else:
             texts.append(words.get(option, str(option)))
     return " or ".join(texts)
@@ -360,20 +306,39 @@ def _check_range(value: Any, written: Any, spec: dataclasses.Field[Any], where: 
 
 
 KIND_TERMS = {
-    "pairs": ("itc", "ctl", "cls_mse", "logits_kl", "ranking"),
+    "pairs": (
+        "itc",
+        "itc_queue",
+        "ctl",
+        "cls_mse",
+        "logits_kl",
+        "ranking",
+        "itm",
+        "cmli",
+        "target_cmli",
+        "reduced",
+        "codes",
+        "codes_vq",
+        "dino",
+        "mvlm",
+        "branches",
+    ),
     "images": ("layers_mse", "logits_kl"),
     "texts": ("layers_mse",),
 }
-TARGETS_OF_TERMS = {"ctl": "cls", "cls_mse": "cls", "layers_mse": "layers", "logits_kl": "logits"}
+COMPARED = {  # terms that meet their target in the head's output
+    "ctl": "cls",
+    "cls_mse": "cls",
+    "logits_kl": "logits",
+    "reduced": "cls",
+    "dino": "cls",
+}
 KEYS_WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "pairs": (),
     "images": (
         "data.ids",
         "data.captions",
-        "student.text_blocks",
-        "student.frozen_text_blocks",
-        "student.train_embeddings",
-        "student.text_pooling",
+        *(f"student.{key}" for key in TEXT_KEYS),
     ),
     "texts": (
         "data.inputs",
@@ -381,9 +346,7 @@ KEYS_WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "data.cut",
         "data.captions",
         "data.views",
-        "student.image_blocks",
-        "student.frozen_image_blocks",
-        "student.image_pooling",
+        *(f"student.{key}" for key in IMAGE_KEYS),
     ),
 }
 
@@ -398,7 +361,7 @@ def _check_kind(recipe: Recipe, where: str) -> None:
     if not recipe.terms:
         raise UsageError(f"{where} has no objective", f"{recipe.kind} take {', '.join(allowed)}")
     _check_targets(recipe, where)
-    _check_shared(recipe, where)
+    check_student(recipe, where)
     nothing = Recipe(recipe.name, recipe.kind).to_json()
     for path in KEYS_WITHOUT_EFFECT[recipe.kind]:
         table, key = path.split(".")
@@ -408,7 +371,7 @@ def _check_kind(recipe: Recipe, where: str) -> None:
                 f"{where}: {path} = {value!r} has no effect: a sample of kind {recipe.kind} has no such part",
                 f"leave {path} out",
             )
-    if recipe.data.targets != "auto" and target_pattern(recipe) is None:
+    if recipe.data.targets != "auto" and not target_roles(recipe):
         raise UsageError(
             f"{where}: data.targets = {recipe.data.targets!r} has no effect: no objective reads a target",
             "leave data.targets out, or add an objective: --set objectives.ctl.weight=1",
@@ -417,40 +380,46 @@ def _check_kind(recipe: Recipe, where: str) -> None:
         raise UsageError(f"{where}: student.head_width is for pairs", "leave it out: layers_mse reads the blocks")
 
 
-def target_kind(recipe: Recipe) -> str | None:
-    """What the recipe's objectives compare with: a teacher's "cls", "layers" or "logits"; None for nothing."""
-    return next((TARGETS_OF_TERMS[term] for term in recipe.terms if term in TARGETS_OF_TERMS), None)
+def target_roles(recipe: Recipe) -> tuple[str, ...]:
+    """What the recipe's objectives read of teachers, each once: cls, patches, layers, logits; text_layers, pair_layers.
+
+    Those without a prefix are of pictures. recipe_fields.py says which fields they are.
+    """
+    return tuple(dict.fromkeys(role for term in recipe.terms for role in roles_of_term(recipe, term)))
+
+
+def roles_of_term(recipe: Recipe, term: str) -> tuple[str, ...]:
+    """What one objective reads of teachers, as `target_roles`."""
+    if term == "layers_mse":
+        return ("text_layers",) if recipe.kind == "texts" else ("layers",)
+    if term == "branches":
+        wanted = recipe.objectives.branches
+        assert wanted is not None
+        weights = {"layers": wanted.image, "text_layers": wanted.text, "pair_layers": wanted.fused}
+        return tuple(role for role, weight in weights.items() if weight)
+    if term == "mvlm":
+        return ("patches",) if recipe.objectives.mvlm and recipe.objectives.mvlm.patch_share else ()
+    others = {"target_cmli": "patches", "codes": "cls", "codes_vq": "cls"}
+    role = {**COMPARED, **others}.get(term)
+    return (role,) if role else ()
+
+
+def compared_role(recipe: Recipe) -> str | None:
+    """The target that the head's output is compared with: cls or logits; None for none."""
+    return next((COMPARED[term] for term in recipe.terms if term in COMPARED), None)
 
 
 def _check_targets(recipe: Recipe, where: str) -> None:
-    """A recipe reads one target: raise UsageError where its objectives ask for several."""
-    asked = {term: TARGETS_OF_TERMS[term] for term in recipe.terms if term in TARGETS_OF_TERMS}
+    """One head is compared with one target: raise UsageError where objectives ask for several."""
+    asked = {term: COMPARED[term] for term in recipe.terms if term in COMPARED}
+    if recipe.kind != "pairs":  # of one modality, one objective is the loss, and the score
+        asked = {term: roles_of_term(recipe, term)[0] for term in recipe.terms}
     if len(set(asked.values())) > 1:
         reads = ", ".join(f"objectives.{term} reads {kind}" for term, kind in asked.items())
         last = list(asked)[-1]
         raise UsageError(
             f"{where}: {reads}, and a recipe has one target", f"take one out: --set objectives.{last}=none"
         )
-
-
-def _check_shared(recipe: Recipe, where: str) -> None:
-    """Raise UsageError for what a student without a shared MLP, or with one, has no use for."""
-    wanted = recipe.student
-    if wanted.shared != "blocks" and recipe.kind != "pairs":
-        raise UsageError(f"{where}: student.shared = {wanted.shared!r} is for pairs", "leave student.shared out")
-    if wanted.shared != "blocks" and wanted.shared_blocks != StudentRecipe.shared_blocks:
-        raise UsageError(
-            f"{where}: student.shared_blocks = {wanted.shared_blocks} has no effect: student.shared = "
-            f"{wanted.shared!r} takes the place of the blocks",
-            "leave student.shared_blocks out, or --set student.shared=blocks",
-        )
-    for term in ("itc", "ranking"):
-        found = getattr(recipe.objectives, term)
-        if found is not None and found.layers == "all" and wanted.shared == "blocks":
-            raise UsageError(
-                f"{where}: objectives.{term}.layers = 'all' has no effect: student.shared = 'blocks' has one output",
-                f'--set objectives.{term}.layers=last, or student.shared="mlp" or "attention-mlp"',
-            )
 
 
 def _plain(value: Any) -> Any:
@@ -476,269 +445,3 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return repr(value)
-
-
-# --- the recipe against a cache ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FieldNames:
-    """The fields of the cache a recipe reads; None where its kind needs none.
-
-    `inputs`: image tokens, or crops; `encoder`, `cut`: the frozen network they come from, or go through.
-    """
-
-    inputs: str | None = None
-    encoder: str | None = None
-    cut: int = 0
-    ids: str | None = None
-    targets: str | None = None
-
-    @property
-    def text_encoder(self) -> str | None:
-        """The network whose tokenizer made the ids, by the field's name."""
-        return self.ids.removeprefix("text/").removesuffix("/ids") if self.ids else None
-
-    @property
-    def live_prefix(self) -> bool:
-        """Whether the inputs are crops, so that the frozen network runs in training."""
-        return self.inputs is not None and not self.inputs.endswith("/tokens")
-
-    def needed(self) -> tuple[str, ...]:
-        """All names, in the order inputs, ids, targets."""
-        return tuple(name for name in (self.inputs, self.ids, self.targets) if name)
-
-
-TOKENS = re.compile(r"image/(?P<network>.+)@(?P<cut>\d+)/tokens")
-IDS = re.compile(r"text/(?P<network>.+)/ids")
-IMAGE_CLS = re.compile(r"teacher/(?P<network>.+)/image/cls")
-IMAGE_LOGITS = re.compile(r"teacher/(?P<network>.+)/image/logits(-top)?")
-IMAGE_LAYERS = re.compile(r"teacher/(?P<network>.+)/image/layers")
-TEXT_LAYERS = re.compile(r"teacher/(?P<network>.+)/text/layers")
-
-
-def target_pattern(recipe: Recipe) -> re.Pattern[str] | None:
-    """The names of fields that can be the recipe's targets, or None if it regresses nothing."""
-    kind = target_kind(recipe)
-    if kind == "layers":
-        return IMAGE_LAYERS if recipe.kind == "images" else TEXT_LAYERS
-    return {"cls": IMAGE_CLS, "logits": IMAGE_LOGITS, None: None}[kind]
-
-
-def required_fields(recipe: Recipe, cache: Cache) -> FieldNames:
-    """The names of the fields the recipe reads, with every "auto" settled.
-
-    Raises MissingField naming what is lacking and the command that makes it, UsageError where several fields fit,
-    MissingCaptions where pairs are needed and the cache has none in the recipe's split.
-    """
-    wanted = recipe.data
-    inputs, encoder, cut, ids = None, None, 0, None
-    if recipe.kind in ("pairs", "images"):
-        inputs, encoder, cut = _inputs(recipe, cache)
-    if recipe.kind == "pairs":
-        check_captions(recipe, cache)
-    if recipe.kind in ("pairs", "texts"):
-        ids = _choose(
-            cache, "data.ids", wanted.ids, IDS, recipe, "--text-encoder <text network>", "token ids of the texts"
-        )
-    pattern, targets = target_pattern(recipe), None
-    if pattern is not None:
-        kind = target_kind(recipe)
-        teacher = (
-            "image classifier" if kind == "logits" else "text network" if recipe.kind == "texts" else "image network"
-        )
-        flag = f"--teacher <{teacher}> --targets {kind}"
-        targets = _choose(cache, "data.targets", wanted.targets, pattern, recipe, flag, f"a teacher's {kind} targets")
-        _check_temperature(recipe, targets)
-    return FieldNames(inputs, encoder, cut, ids, targets)
-
-
-def _check_temperature(recipe: Recipe, targets: str) -> None:
-    """Raise UsageError for a temperature that the largest logits alone do not have: the rest is a sum at 1."""
-    wanted = recipe.objectives.logits_kl
-    if wanted is not None and wanted.temperature != 1 and targets.endswith("-top"):
-        raise UsageError(
-            f"recipe {recipe.name}: objectives.logits_kl.temperature = {wanted.temperature:g}, and of {targets} the "
-            "logits that were not kept are known as one sum at temperature 1",
-            "--set objectives.logits_kl.temperature=1, or extract all logits, without --logits-top",
-        )
-
-
-def _inputs(recipe: Recipe, cache: Cache) -> tuple[str, str, int]:
-    wanted = recipe.data
-    tokens_exist = any(TOKENS.fullmatch(name) for name in cache.fields)
-    crops_wanted = CROPS.fullmatch(wanted.inputs)
-    if crops_wanted or (wanted.inputs == "auto" and not tokens_exist):
-        kept = f"--store-inputs crops --size {crops_wanted['size']}" if crops_wanted else "--cut 0"
-        name = _choose(
-            cache, "data.inputs", wanted.inputs, CROPS, recipe, f"--teacher <image network> {kept}", "image inputs"
-        )
-        return name, _crops_encoder(recipe, cache), 0 if wanted.cut == "auto" else wanted.cut
-    name = _choose(
-        cache, "data.inputs", wanted.inputs, TOKENS, recipe, "--teacher <image network> --cut 0", "image inputs"
-    )
-    found = TOKENS.fullmatch(name)
-    assert found is not None  # _choose saw to it
-    for key, asked, own in (
-        ("encoder", wanted.encoder, found["network"]),
-        ("cut", wanted.cut, int(found["cut"])),
-    ):
-        if asked not in ("auto", own):
-            raise UsageError(
-                f"recipe {recipe.name}: data.{key} = {asked!r}, and the inputs {name} have {key} {own!r}",
-                f"leave data.{key} out, or choose inputs that have it with --set data.inputs=...",
-            )
-    return name, found["network"], int(found["cut"])
-
-
-def _crops_encoder(recipe: Recipe, cache: Cache) -> str:
-    """The frozen network that runs on the crops: the one named, or the only image network the cache keeps."""
-    if recipe.data.encoder != "auto":
-        if recipe.data.encoder not in cache.models:
-            raise MissingField(
-                f"the cache keeps no network {recipe.data.encoder} (it keeps {_listed(cache.models)})",
-                f"keep it: emkum extract --cache {cache.path} --split {recipe.data.split} --from-crops --store-inputs "
-                f"crops --encoder {recipe.data.encoder} --teacher {recipe.data.encoder}",
-            )
-        return recipe.data.encoder
-    texts = {found["network"] for name in cache.fields if (found := IDS.fullmatch(name))}
-    images = [name for name in cache.models if name not in texts]
-    if len(images) == 1:
-        return images[0]
-    raise UsageError(
-        f"the inputs are crops and the cache keeps {len(images)} image networks ({_listed(images)})",
-        "choose one: --set data.encoder=NAME",
-    )
-
-
-def _choose(
-    cache: Cache, key: str, wanted: str, pattern: re.Pattern[str], recipe: Recipe, flags: str, what: str
-) -> str:
-    """The field for `key`: the one asked for, or the only one that fits."""
-    command = extract_command(cache, recipe.data.split, flags)
-    if wanted != "auto":
-        if wanted not in cache.fields:
-            raise MissingField(
-                f"recipe {recipe.name} reads {wanted}; the cache {cache.path} has {_listed(cache.fields)}",
-                f"make it: {command}",
-            )
-        if not pattern.fullmatch(wanted):
-            patterns = (TOKENS, CROPS) if key == "data.inputs" else (pattern,)
-            fitting = sorted(name for name in cache.fields if any(p.fullmatch(name) for p in patterns))
-            raise UsageError(
-                f"recipe {recipe.name}: {key} = {wanted} is not {what} ({' or '.join(map(_shape_of, patterns))})",
-                f"choose one that fits: --set {key}={fitting[0]}" if fitting else f"make one: {command}",
-            )
-        return wanted
-    fitting = sorted(name for name in cache.fields if pattern.fullmatch(name))
-    if len(fitting) == 1:
-        return fitting[0]
-    if not fitting:
-        raise MissingField(
-            f"recipe {recipe.name} needs {what}; the cache {cache.path} has {_listed(cache.fields)}",
-            f"make it: {command}",
-        )
-    raise UsageError(
-        f"recipe {recipe.name}: {len(fitting)} fields fit {key}: {', '.join(fitting)}",
-        f"choose one: --set {key}={fitting[0]}",
-    )
-
-
-def _shape_of(pattern: re.Pattern[str]) -> str:
-    """The names a pattern fits, for people: teacher/<network>/image/cls."""
-    return re.sub(r"\(\?P(<\w+>)[^)]*\)", r"\1", pattern.pattern).replace("(-top)?", "[-top]")
-
-
-def extract_command(cache: Cache, split: str, flags: str) -> str:
-    """The command that adds what `flags` ask for to the cache, with the encoders, cut and size that it has.
-
-    Of a cache that keeps crops, without the tars.
-    """
-    if "--teacher" not in flags:
-        flags = f"--teacher <network> {flags}"
-    asks_for_inputs = "--cut" in flags or "--store-inputs" in flags
-    from_crops = any(CROPS.fullmatch(name) for name in cache.fields) and not asks_for_inputs
-    source = "--from-crops" if from_crops else "--data <tars>"
-    words = [f"emkum extract --cache {cache.path} --split {split} {source} {flags}"]
-    for name, cached in cache.fields.items():
-        record = getattr(cached, "record", None) or {"fingerprint": {}, "environment": {}}
-        size, max_tokens = record["fingerprint"].get("size"), record["fingerprint"].get("max_tokens")
-        if (found := TOKENS.fullmatch(name)) and not asks_for_inputs and not from_crops:
-            words.append(f"--encoder {_loadable(record, found['network'])} --cut {found['cut']}")
-            words += [f"--size {size}"] if size else []
-        if (found := IDS.fullmatch(name)) and "--text-encoder" not in flags:
-            words.append(f"--text-encoder {_loadable(record, found['network'])}")
-            words += [f"--max-tokens {max_tokens}"] if max_tokens else []
-    return " ".join(words)
-
-
-def _loadable(record: Mapping[str, Any], name: str) -> str:
-    """What `--encoder` takes to find the network of a field again: where it came from, or its name in the catalogue."""
-    source = str(record["environment"].get("source", ""))
-    return name if not source or source.startswith(("pypi:", "http:", "https:")) else source
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(sorted(names)) or "nothing"
-
-
-def check_captions(recipe: Recipe, cache: Cache) -> None:
-    """Raise MissingCaptions unless the split has at least one caption of a picture."""
-    if recipe.data.split not in cache.splits or not has_paired_captions(cache, recipe.data.split):
-        splits = ", ".join(cache.splits) or "none"
-        raise MissingCaptions(
-            f"recipe {recipe.name} trains on picture-caption pairs; split {recipe.data.split!r} of {cache.path} "
-            f"has no captions of pictures (splits: {splits})",
-            "extract tars whose samples have .txt or .json captions with --text-encoder, or train image-kd",
-        )
-
-
-def has_paired_captions(cache: Cache, split: str) -> bool:
-    """Whether a caption of the split belongs to a picture."""
-    images = cache.captions(split).column("image_row")
-    return int(images.null_count) < len(images)
-
-
-def choose_recipe(cache: Cache, overrides: Sequence[str] = ()) -> tuple[str, str]:
-    """The shipped recipe that the cache's fields allow, and why, for people who name none.
-
-    overrides: those the recipe is to be loaded with; data.split among them says which split must have pairs.
-
-    Raises UsageError when no recipe fits, naming what the cache has.
-    """
-    names = list(cache.fields)
-    has = {
-        key: any(pattern.fullmatch(name) for name in names)
-        for key, pattern in {
-            "tokens": TOKENS,
-            "crops": CROPS,
-            "ids": IDS,
-            "cls": IMAGE_CLS,
-            "logits": IMAGE_LOGITS,
-            "layers": IMAGE_LAYERS,
-            "text_layers": TEXT_LAYERS,
-        }.items()
-    }
-    inputs = has["tokens"] or has["crops"]
-    splits = [text for path, _, text in (override.partition("=") for override in overrides) if path == "data.split"]
-    split = str(_override_value(splits[-1].strip())) if splits else DataRecipe.split
-    pairs = inputs and has["ids"] and split in cache.splits and has_paired_captions(cache, split)
-    if pairs and has["cls"]:
-        return "ssmke", "the cache has picture-caption pairs and a teacher's image CLS"
-    if pairs and has["logits"]:
-        return "shre-transformer", "the cache has picture-caption pairs and a teacher's class logits"
-    if inputs and has["layers"]:
-        return "image-kd", "the cache has image inputs and a teacher's layers at all tokens"
-    if has["ids"] and has["text_layers"]:
-        return "text-kd", "the cache has token ids and a text teacher's layers"
-    if pairs:
-        return "itc-only", "the cache has picture-caption pairs and no teacher targets"
-    if names and all(re.fullmatch(r"teacher/[^/]+/audio/.+", name) for name in names):
-        raise UsageError(
-            f"{cache.path} holds targets of sounds only: {_listed(names)}",
-            "no recipe trains on sounds yet; read them with emkum.shards.reader.Cache, or as plain Zarr",
-        )
-    raise UsageError(
-        f"no shipped recipe fits the fields of {cache.path}: {_listed(names)}",
-        "docs/training.md lists what each recipe reads; emkum cache info shows what a cache holds",
-    )

@@ -19,7 +19,8 @@ import torch
 from emkum.errors import NotARun, ResumeMismatch
 from emkum.shards.reader import Cache
 from emkum.stage2_train.order import Shuffle
-from emkum.stage2_train.recipe import FieldNames, Recipe, recipe_from_table
+from emkum.stage2_train.recipe import Recipe, recipe_from_table
+from emkum.stage2_train.recipe_fields import FieldNames
 from emkum.stage2_train.run_folder import RunFolder, copy_durably, pieces, read_checkpoint
 from emkum.stage2_train.samples import SampleTable
 
@@ -123,6 +124,10 @@ def _same_flags(config: TrainConfig) -> list[str]:
     words += ["--activation-checkpointing"] if config.activation_checkpointing else []
     words += ["--chunk", str(config.chunk)] if config.chunk else []
     words += ["--compile"] if config.compile else []
+    words += ["--devices", str(config.devices)] if config.devices > 1 else []
+    if config.loggers != type(config).loggers:
+        for name in config.loggers:
+            words += ["--logger", name]
     return words
 
 
@@ -131,12 +136,14 @@ class ResumePoint:
     """A checkpoint to go on from. measured: what run.json would have said then.
 
     scored: False where the session was stopped in the validation that follows its last step: it comes first then.
+    ended: no score was better for `evaluation.patience` validations, and the run ended there.
     """
 
     path: Path
     step: int
     scored: bool
     measured: dict[str, Any]
+    ended: bool = False
 
 
 def resume_point(
@@ -162,7 +169,8 @@ def resume_point(
         copy_durably(path, folder.last)
     elif "unstepped" not in found and found["emkum"]["best_step"] == step and not _same_bytes(folder.last, folder.best):
         copy_durably(folder.last, folder.best)
-    return ResumePoint(path, step, found["emkum"]["scored"], found["emkum"]["measured"])
+    kept = found["emkum"]
+    return ResumePoint(path, step, kept["scored"], kept["measured"], kept.get("ended", False))
 
 
 def _latest_instead(others: list[Path], before: Mapping[str, Any], last: NotARun) -> tuple[Path, dict[str, Any]]:

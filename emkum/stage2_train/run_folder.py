@@ -36,7 +36,8 @@ from emkum.shards.durable import (
 )
 from emkum.shards.store import is_url
 from emkum.stage2_train.recipe import Recipe, recipe_from_table
-from emkum.stage2_train.student import Student, StudentSpec
+from emkum.stage2_train.student_network import Student
+from emkum.stage2_train.student_spec import StudentSpec
 
 STUDENT_PREFIX = "student."  # of the student's tensors in a checkpoint
 WEIGHTS_DIGEST = "emkum.sha256"  # in the metadata of student.safetensors
@@ -65,6 +66,10 @@ class RunFolder:
         return self.dir / "metrics.csv"
 
     @property
+    def metrics_lines(self) -> Path:
+        return self.dir / "metrics.jsonl"
+
+    @property
     def last(self) -> Path:
         return self.dir / "checkpoints" / "last.ckpt"
 
@@ -85,6 +90,10 @@ class RunFolder:
         return self.dir / "student.safetensors"
 
     @property
+    def average(self) -> Path:
+        return self.dir / "student-ema.safetensors"
+
+    @property
     def spec(self) -> Path:
         return self.dir / "student.json"
 
@@ -101,15 +110,21 @@ class LoadedRun:
 
 
 def load_run(run_dir: Path | str, checkpoint: str = "best") -> LoadedRun:
-    """The student of a run folder: `checkpoint` "best" (by validation), "last", or the path of a checkpoint file.
+    """The student of a run folder: `checkpoint` "best" (by validation), "ema" (the average of weights at that step),
+    "last", or the path of a checkpoint file.
 
     Raises NotARun for a folder without a run, or one without that checkpoint.
     """
     folder = RunFolder(Path(run_dir))
     info = read_info(folder)
     student = Student(_read_spec(folder))
-    if checkpoint == "best":
-        weights = _read_weights(folder)
+    if checkpoint == "ema" and not folder.average.is_file():
+        raise NotARun(
+            f"{folder.dir} holds no average of weights (no {folder.average.name})",
+            "train with one: --set training.ema=0.9999",
+        )
+    if checkpoint in ("best", "ema"):
+        weights = _read_weights(folder, folder.average if checkpoint == "ema" else folder.weights)
     else:
         path = folder.last if checkpoint == "last" else Path(checkpoint)
         state = read_checkpoint(path).get("state_dict", {})
@@ -152,10 +167,12 @@ def write_info(folder: RunFolder, info: Mapping[str, Any]) -> None:
     write_file(folder.info, (json.dumps(info, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
-def write_student(folder: RunFolder, student: Student) -> None:
-    """student.safetensors, then student.json. Raises StorageFailure."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
-    write_file(folder.weights, save(tensors, {WEIGHTS_DIGEST: _digest(tensors)}))
+def write_student(folder: RunFolder, student: Student, average: Student | None = None) -> None:
+    """student.safetensors, the average of its weights where there is one, student.json. Raises StorageFailure."""
+    for path, network in ((folder.weights, student), (folder.average, average)):
+        if network is not None:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+            write_file(path, save(tensors, {WEIGHTS_DIGEST: tensors_digest(tensors)}))
     write_file(folder.spec, (json.dumps(student.spec.to_json(), indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -171,24 +188,22 @@ def _read_spec(folder: RunFolder) -> StudentSpec:
         raise NotARun(f"{folder.spec} cannot be read: {error}", "it was altered, or a newer emkum wrote it") from error
 
 
-def _read_weights(folder: RunFolder) -> dict[str, Tensor]:
-    """The tensors of student.safetensors, compared with the digest it was written with: the format has none."""
+def _read_weights(folder: RunFolder, path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, compared with the digest it was written with: the format has none."""
     way_out = f"restore it; or read the last checkpoint instead, {folder.last}; or train again into a new folder"
     try:
-        data = folder.weights.read_bytes()
+        data = path.read_bytes()
         tensors = load(data)
         header_bytes = struct.unpack("<Q", data[:8])[0]
         stated = json.loads(data[8 : 8 + header_bytes]).get("__metadata__", {}).get(WEIGHTS_DIGEST)
     except (OSError, SafetensorError, ValueError) as error:
-        raise NotARun(f"{folder.weights} cannot be read: {error}", way_out) from error
-    if stated is not None and stated != _digest(tensors):  # none: of an emkum that wrote no digest
-        raise NotARun(
-            f"{folder.weights} is damaged: its tensors are not those of its digest, {stated[:12]}...", way_out
-        )
+        raise NotARun(f"{path} cannot be read: {error}", way_out) from error
+    if stated is not None and stated != tensors_digest(tensors):  # none: of an emkum that wrote no digest
+        raise NotARun(f"{path} is damaged: its tensors are not those of its digest, {stated[:12]}...", way_out)
     return tensors
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over name, type, shape and bytes of each tensor, by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -377,14 +392,19 @@ class MetricsFile:
         unknown = set(values) - set(self.columns)
         assert not unknown, f"columns {unknown} were not announced"
         cells = [str(step), *(_cell(values.get(name)) for name in self.columns[1:])]
-        left = memoryview((",".join(cells) + "\n").encode())
-        with storage_errors(self.path):
-            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-            try:
-                while left:
-                    left = left[os.write(handle, left) :]
-            finally:
-                os.close(handle)
+        append_line(self.path, ",".join(cells))
+
+
+def append_line(path: Path, line: str) -> None:
+    """One line more in a file. Raises StorageFailure."""
+    left = memoryview((line + "\n").encode())
+    with storage_errors(path):
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            while left:
+                left = left[os.write(handle, left) :]
+        finally:
+            os.close(handle)
 
 
 def _cell(value: float | None) -> str:

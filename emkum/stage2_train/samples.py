@@ -5,6 +5,7 @@ N samples, M captions.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +15,8 @@ from emkum.errors import IncompleteCache, NoData
 
 if TYPE_CHECKING:
     from emkum.shards.reader import Cache, Field
-    from emkum.stage2_train.recipe import FieldNames, Recipe
+    from emkum.stage2_train.recipe import Recipe
+    from emkum.stage2_train.recipe_fields import FieldNames
 
 Kind = Literal["pairs", "images", "texts"]
 
@@ -52,8 +54,9 @@ def sample_table(
     *,
     allow_partial: bool = False,
     first_view: bool = False,
+    seed: int = 0,
 ) -> SampleTable:
-    """Which rows of `split` can be read for the recipe.
+    """Which rows of `split` can be read for the recipe; of its training split, the fraction that it asks for.
 
     Raises IncompleteCache when a needed field lacks whole blocks, unless `allow_partial`; NoData when no row is left.
     """
@@ -79,12 +82,34 @@ def sample_table(
     elif text_rows is not None:
         dropped = len(cache.captions(split)) - len(text_rows)
     table = SampleTable(recipe.kind, split, image_rows, text_rows, first_caption, num_views, dropped)
+    if recipe.data.fraction < 1 and split == recipe.data.split:
+        table = part_of(table, recipe.data.fraction, seed)
     if not table.num_samples:
         raise NoData(
-            f"split {split!r} of {cache.path} has no row that all of {', '.join(names.needed())} hold",
+            f"split {split!r} of {cache.path} has no row that all of {', '.join(names.needed())} hold"
+            + (f", of which data.fraction = {recipe.data.fraction:g} is taken" if recipe.data.fraction < 1 else ""),
             f"run emkum extract --cache {cache.path} --split {split} again to finish them",
         )
     return table
+
+
+def part_of(table: SampleTable, fraction: float, seed: int) -> SampleTable:
+    """A part of the samples, rounded, drawn by the seed: a larger fraction holds all of a smaller one."""
+    count = round(fraction * table.num_samples)
+    kept = np.sort(np.random.default_rng([seed, 0xF4AC]).permutation(table.num_samples)[:count])
+    images, texts, first = table.image_rows_N, table.text_rows_M, table.first_caption_N
+    if first is not None and texts is not None:
+        groups = [np.arange(first[i], first[i + 1]) for i in kept]
+        texts = texts[np.concatenate(groups) if groups else np.empty(0, np.int64)]
+        first = np.append(0, np.cumsum([len(group) for group in groups], dtype=np.int64))
+    elif texts is not None:
+        texts = texts[kept]
+    return dataclasses.replace(
+        table,
+        image_rows_N=None if images is None else images[kept],
+        text_rows_M=texts,
+        first_caption_N=first,
+    )
 
 
 def _views_of(field: Field, split: str) -> int:

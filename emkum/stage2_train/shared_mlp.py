@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from emkum.models.blocks import Block, BlockSpec
 
-SHARED_LAYERS = {"blocks": 1, "mlp": 3, "attention-mlp": 2}  # by `student.shared`: those that meet in contrast
+SHARED_LAYERS = {"blocks": 1, "mome": 1, "mlp": 3, "attention-mlp": 2}  # by `student.shared`: those in contrast
 
 
 @dataclass(frozen=True)

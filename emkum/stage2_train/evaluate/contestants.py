@@ -23,7 +23,7 @@ from emkum.shards.reader import Cache, Field
 from emkum.stage2_train.evaluate.encode import Settings, features_of, out_of_texts, out_of_tokens
 from emkum.stage2_train.evaluate.results import BEFORE, ENCODER, STUDENT, TEACHER
 from emkum.stage2_train.loader import CachedSource
-from emkum.stage2_train.recipe import IDS, TOKENS, FieldNames, target_pattern
+from emkum.stage2_train.recipe_fields import IDS, TOKENS, FieldNames, target_pattern
 from emkum.stage2_train.run_folder import LoadedRun
 from emkum.stage2_train.student import Student, build_student
 
@@ -45,7 +45,7 @@ class Contestants:
         self._image_network = self._kept(self.run.student.image_encoder)
         self._text_network = self._kept(self.run.student.text_encoder)
         if self.settings.baselines:
-            before = student_before(self.run, self._image_network, self._text_network)
+            before = student_before(self.run, self._image_network, self._text_network, self.cache)
             self.students[BEFORE] = before.to(self.device).eval()
         self._image_pass: FrozenPass | None = None
         self._text_pass: FrozenPass | None = None
@@ -173,14 +173,20 @@ class Contestants:
         return features | {self.frozen_name(network): pooled_BD}
 
 
-def student_before(run: LoadedRun, image_network: Network | None, text_network: Network | None) -> Student:
+def student_before(
+    run: LoadedRun, image_network: Network | None, text_network: Network | None, cache: Cache | None = None
+) -> Student:
     """The student as it was before the first step: its blocks from the networks, the rest from the run's seed.
 
     Raises UsageError where these networks do not give the run's student.
     """
     spec = run.student.spec
-    names = FieldNames(encoder=run.student.image_encoder, cut=spec.image.cut if spec.image else 0)
-    student = build_student(run.recipe, names, image_network, text_network, spec.head_width, int(run.info["seed"]))
+    targets = {name: name for name in run.info["cache"].get("fields", ()) if name.startswith("teacher/")}
+    names = FieldNames(encoder=run.student.image_encoder, cut=spec.image.cut if spec.image else 0, targets=targets)
+    heads = {head.term: head.width for head in spec.heads} or None
+    networks = (image_network, text_network)
+    seed = int(run.info["seed"])
+    student = build_student(run.recipe, names, *networks, spec.head_width, seed, cache=cache, heads=heads)
     if student.spec != spec:
         raise UsageError(
             f"the networks kept in the cache do not build the student of {run.dir}",

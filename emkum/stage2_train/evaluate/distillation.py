@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from emkum.stage2_train.evaluate.encode import quiet
 from emkum.stage2_train.loader import BatchLoader, BatchSource
-from emkum.stage2_train.losses import autocast, class_losses, token_losses
+from emkum.stage2_train.losses import autocast, step_losses
 from emkum.stage2_train.order import Order
-from emkum.stage2_train.recipe import Recipe
+from emkum.stage2_train.recipe import Recipe, target_roles
 from emkum.stage2_train.student import Student
+from emkum.stage2_train.terms.build import Setting, make_terms
 
 
 @torch.no_grad()
@@ -34,17 +35,18 @@ def token_distances(
 
     `layers_mse` over every real token of the order's rows, `logits_kl` over the rows.
     """
-    compare = class_losses if recipe.objectives.logits_kl else token_losses
+    terms = {name: make_terms(Setting(recipe, student)) for name, student in students.items()}
+    (role,) = target_roles(recipe)
     totals = {name: torch.zeros((), device=device) for name in students}
     tokens = torch.zeros((), device=device)
     loader = BatchLoader(order, source, threads=threads, pin=device.type == "cuda")
     for host in tqdm(loader, "distillation", unit="batch", disable=quiet(progress), leave=False):
         # Outside of autocast, as in training: a frozen prefix has a precision of its own.
         batch = source.prepare(host, device)
-        assert batch.targets is not None
-        count = batch.mask_BL.sum() if batch.mask_BL is not None else batch.targets.shape[0] * batch.targets.shape[1]
+        targets = batch.targets[role]
+        count = batch.mask_BL.sum() if batch.mask_BL is not None else targets.shape[0] * targets.shape[1]
         for name, student in students.items():
             with autocast(compute, device):
-                totals[name] += compare(student, recipe, batch).parts[recipe.terms[0]] * count
+                totals[name] += step_losses(student, terms[name], recipe, batch).parts[recipe.terms[0]] * count
         tokens += count
     return {name: float(total / tokens) for name, total in totals.items()}

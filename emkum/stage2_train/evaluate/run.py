@@ -22,7 +22,8 @@ from emkum.stage2_train.evaluate.results import STUDENT, Results, with_baselines
 from emkum.stage2_train.evaluate.retrieval import image_text_retrieval, retrieval_chance
 from emkum.stage2_train.evaluate.texts import TextPairs, text_pair_retrieval
 from emkum.stage2_train.order import PassOrder
-from emkum.stage2_train.recipe import FieldNames, target_pattern
+from emkum.stage2_train.recipe import target_roles
+from emkum.stage2_train.recipe_fields import FieldNames, target_pattern
 from emkum.stage2_train.run_folder import LoadedRun
 from emkum.stage2_train.samples import refuse_missing
 
@@ -197,7 +198,8 @@ def _distillation(run: LoadedRun, cache: Cache, split: str, settings: Settings) 
     """The recipe's term on a split: layers-mse, the mean normalised layer at every token; logits-kl, the classes."""
     contestants = Contestants(run, cache, settings)
     target = contestants.trained_on(target_pattern(run.recipe))
-    texts = run.recipe.kind == "texts"
+    (role,), texts = target_roles(run.recipe), run.recipe.kind == "texts"
+    targets = {role: target.name}
     inputs = contestants.ids if texts else contestants.inputs
     if texts:
         _check_same_tokens(cache, inputs, target)
@@ -207,9 +209,9 @@ def _distillation(run: LoadedRun, cache: Cache, split: str, settings: Settings) 
     if not len(rows):
         raise NoData(f"split {split!r} of {cache.path} has no row of {inputs.name} and {target.name}", "extract it")
     if texts:
-        names, order = FieldNames(ids=inputs.name, targets=target.name), PassOrder(None, rows, settings.batch_size)
+        names, order = FieldNames(ids=inputs.name, targets=targets), PassOrder(None, rows, settings.batch_size)
     else:
-        names, order = FieldNames(inputs=inputs.name, targets=target.name), PassOrder(rows, None, settings.batch_size)
+        names, order = FieldNames(inputs=inputs.name, targets=targets), PassOrder(rows, None, settings.batch_size)
     distances = token_distances(
         contestants.students,
         run.recipe,

@@ -8,16 +8,31 @@ B rows of this rank, G rows of all ranks, D width.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 
+_alone = False
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Meanwhile this rank counts as the only one: for a validation, which the others wait for and take no part in."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
 
 def num_ranks() -> int:
-    """Processes that train together; 1 without torch.distributed."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    """Processes that train together; 1 without torch.distributed, and where this one is `alone`."""
+    there = not _alone and torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if there else 1
 
 
