@@ -2,7 +2,7 @@
 
 Codes: 2 usage or configuration; 3 input data beyond tolerance; 4 corrupt cache; 5 identity mismatch;
 6 another writer; 7 storage or credentials; 75 interrupted, the same command continues. 1 is our own bug, or workers
-that died and died again.
+that died and died again, or a rank that died.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ FIFO, ACCUMULATED = "ssmke-fifo", "text-kd-accumulate"
 
 
 def stops(given: tuple[TinyCache, Path, Path], ranks: Ranks, say: Say) -> list[str]:
-    """On two ranks: one is told to stop and both do, twice; one run goes on here, and so does one begun on one rank."""
+    """On two ranks: one is told to stop and both do, twice; one run goes on here, and so do those begun on one rank."""
     cache, folder, begun_on_one = given
     said = []
     for recipe, batch in ((FIFO, 7), (ACCUMULATED, 5)):  # the second in the middle of a step of two batches
@@ -144,7 +144,8 @@ def stops(given: tuple[TinyCache, Path, Path], ranks: Ranks, say: Say) -> list[s
             said.append(error.line())
         signal_at(0)
     train_on_rank(resumed(cache, folder / FIFO, devices=2), ranks, say)
-    train_on_rank(resumed(cache, begun_on_one, devices=2), ranks, say)
+    for recipe in (FIFO, ACCUMULATED):
+        train_on_rank(resumed(cache, begun_on_one / recipe, devices=2), ranks, say)
     return said
 
 
@@ -156,9 +157,10 @@ def resumed(cache: TinyCache, folder: Path, **changes: Any) -> TrainConfig:
 @pytest.fixture(scope="module")
 def stopped(cache: TinyCache, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("stopped")
-    signal_at(5)
-    with pytest.raises(Interrupted):
-        train(configured(cache, folder / "begun", FIFO), say=lambda line: None)
+    for recipe in (FIFO, ACCUMULATED):
+        signal_at(5)  # of the second in the middle of a step
+        with pytest.raises(Interrupted):
+            train(configured(cache, folder / "begun" / recipe, recipe), say=lambda line: None)
     signal_at(0)
     said = run_on_ranks(2, stops, (cache, folder, folder / "begun"), lambda line: None, cuda=False)
     return folder, said
@@ -178,9 +180,11 @@ def test_a_run_of_two_ranks_goes_on_bit_for_bit(on_two: Path, stopped: tuple[Pat
     assert numbers(stopped[0] / FIFO) == numbers(on_two / FIFO)
 
 
-def test_a_run_of_one_rank_goes_on_with_two(on_two: Path, stopped: tuple[Path, list[str]]) -> None:
-    assert_same_run(stopped[0] / "begun", on_two / FIFO)
-    sessions = json.loads((stopped[0] / "begun" / "run.json").read_text())["sessions"]
+@pytest.mark.parametrize("recipe", [FIFO, ACCUMULATED])
+def test_a_run_of_one_rank_goes_on_with_two(on_two: Path, stopped: tuple[Path, list[str]], recipe: str) -> None:
+    folder = stopped[0] / "begun" / recipe
+    assert_same_run(folder, on_two / recipe)
+    sessions = json.loads((folder / "run.json").read_text())["sessions"]
     assert [session["devices"] for session in sessions] == [1, 2]
 
 
@@ -248,18 +252,18 @@ def test_devices_that_are_not_there_are_refused(
 
 
 def test_the_command_stops_all_ranks_and_leaves_no_process(cache: TinyCache, tmp_path: Path) -> None:
-    """`emkum train --devices 2` stopped by SIGTERM ends with 75; killed, its ranks end too and free the folder."""
+    """`emkum train --devices 2` whose terminal goes ends with 75; killed, its ranks end too and free the folder."""
     words = [sys.executable, "-m", "emkum.cli", "train", "--cache", str(cache.path), "--recipe", "ssmke"]
     for override in (*SMALL, "training.epochs=100000", "evaluation.every_epochs=1000"):
         words += ["--set", override]
     words += ["--run-dir", str(tmp_path / "run"), "--device", "cpu", "--devices", "2", "--logger", "none"]
-    for number, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
+    for number, code in ((signal.SIGHUP, 75), (signal.SIGKILL, -signal.SIGKILL)):
         with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
             _wait_for(lambda: _rows(tmp_path / "run") > 3, process)
             process.send_signal(number)
             _, said = process.communicate(timeout=120)
         assert process.returncode == code, said
-        if number == signal.SIGTERM:
+        if number == signal.SIGHUP:
             assert "Interrupted: SIGTERM at step" in said
             words += ["--resume"]
             (tmp_path / "run" / "metrics.jsonl").write_text("")

@@ -103,7 +103,7 @@ def test_every_error_has_the_exit_code_of_its_kind() -> None:
     for kind in kinds:
         assert kind.exit_code in codes
         assert kind.__doc__
-        assert kind in (errors.EmkumError, errors.WorkersLost) or kind.exit_code != 1
+        assert kind in (errors.EmkumError, errors.WorkersLost, errors.RankLost) or kind.exit_code != 1
         line = kind("the cache is in Rome, this run asks for Oslo", "travel").line()
         assert line == f"{kind.__name__}: the cache is in Rome, this run asks for Oslo | travel"
         assert "\n" not in line

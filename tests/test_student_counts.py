@@ -92,7 +92,12 @@ def test_the_thesis_student_has_117_million(overrides: tuple[str, ...]) -> None:
     assert sum(found.values()) == 43_120_128 + 66_364_416 + BLOCK + 769 * 768 + 2 * 768 + sum(types.values())
 
 
-def test_mome_has_a_feed_forward_network_more_than_a_shared_block() -> None:
-    found = table("ssmke", "student.image_blocks=6", "student.text_blocks=6", "student.shared=mome")
-    feed_forward = 8 * 768**2 + 5 * 768 + 2 * 768  # two matrices with biases, and its norm
-    assert found["shared MoME"] == BLOCK + feed_forward
+@pytest.mark.parametrize(
+    ("attention", "fused", "copies"), [("shared", 0, (1, 2)), ("own", 0, (2, 2)), ("own", 1, (2, 1))]
+)
+def test_experts_count_by_what_is_shared(attention: str, fused: int, copies: tuple[int, int]) -> None:
+    mome = ("student.shared=mome", f"student.mome_attention={attention}", f"student.mome_fused={fused}")
+    found = table("ssmke", "student.image_blocks=6", "student.text_blocks=6", *mome)
+    halves = 4 * 768**2 + 4 * 768 + 2 * 768, 8 * 768**2 + 5 * 768 + 2 * 768  # attention, feed-forward; each with a norm
+    assert sum(halves) == BLOCK
+    assert found["shared MoME"] == copies[0] * halves[0] + copies[1] * halves[1]

@@ -217,6 +217,14 @@ def test_parts_that_differ_are_named_and_start_as_without_the_run(tmp_path: Path
         assert torch.equal(tensor, source.state_dict()[name]), name
 
 
+def test_a_head_of_another_width_is_not_taken(tmp_path: Path) -> None:
+    run = of_run(tmp_path / "narrow", moved(build(target=5)), load_recipe("ssmke"))
+    student = started(f"student.init={run}")
+    assert student.origins[0].endswith("; not taken: head (head.weight [5, 16] there, [9, 16] here)")
+    assert student.head is not None
+    assert torch.equal(student.head.weight, started().head.weight)  # type: ignore[union-attr]
+
+
 def test_equal_shapes_of_another_kind_are_not_taken(tmp_path: Path) -> None:
     """Post-norm blocks have the shapes of pre-norm blocks, and blocks of another cut those of this one."""
     run = pair_run(tmp_path, norm_order="pre")
@@ -315,15 +323,15 @@ def test_training_starts_from_a_run_and_says_what_it_took_and_what_runs_in_front
 
 def test_evaluation_knows_the_student_as_it_was_before_the_first_step(cache: TinyCache, tmp_path: Path) -> None:
     """Also where its weights came from a run, a network of the cache, and with heads of its own."""
-    overrides = ("student.heads=separate", "student.init_image=tinyvit", "student.shared=mome")
-    run(cache, tmp_path / "first", "ssmke", *overrides)
-    after = (f"student.init={tmp_path / 'first'}", "student.heads=separate", "student.shared=mome")
+    heads = ("student.heads=separate", "student.head_width=5", "student.shared=mome")
+    run(cache, tmp_path / "first", "ssmke", "student.init_image=tinyvit", *heads)
+    after = (f"student.init={tmp_path / 'first'}", *heads)
     run(cache, tmp_path / "second", "ssmke", *after)
     opened = Cache.open(cache.path)
     before = student_before(load_run(tmp_path / "second"), cache.encoder, cache.text_encoder, opened).state_dict()
     first = load_run(tmp_path / "first").student.state_dict()
     assert all(torch.equal(tensor, first[name]) for name, tensor in before.items())
-    assert before["heads.ctl.weight"].shape == (WIDTH, WIDTH)
+    assert [tuple(before[f"heads.{term}.weight"].shape) for term in ("itc", "ctl")] == [(5, WIDTH), (WIDTH, WIDTH)]
     assert student_before(load_run(tmp_path / "first"), cache.encoder, cache.text_encoder, opened).spec.heads
 
 

@@ -157,9 +157,7 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None, ranks: Rank
     compute = _compute(config, before, device)
     seed = config.seed if config.seed is not None else int(before["seed"]) if before else 0
 
-    table = sample_table(
-        cache, recipe, names, recipe.data.split, allow_partial=config.allow_partial, seed=seed
-    )
+    table = sample_table(cache, recipe, names, recipe.data.split, allow_partial=config.allow_partial, seed=seed)
     shuffle, why_shuffle = _shuffle(config, cache, names, recipe.training.step_batch, before)
     order = _step_order(table, recipe, seed, shuffle)
     order.num_steps = recipe.training.epochs * order.steps_per_epoch

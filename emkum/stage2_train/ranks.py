@@ -144,10 +144,10 @@ class _Signals:
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
         def note(number: int, _: FrameType | None) -> None:
-            self.came.append(number)
+            self.came.append(signal.SIGTERM if number == signal.SIGHUP else number)
 
         here = threading.current_thread() is threading.main_thread()
-        before = {number: signal.signal(number, note) for number in STOPPING} if here else {}
+        before = {number: signal.signal(number, note) for number in (*STOPPING, signal.SIGHUP)} if here else {}
         try:
             yield
         finally:

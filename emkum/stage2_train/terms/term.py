@@ -83,7 +83,8 @@ class Seen:
 class Term(nn.Module):
     """One term of the loss. Called with a batch, it gives its loss under "", and what is logged beside it by suffix.
 
-    needs: of a side, beside pooled features. draws: it makes random choices. columns: the suffixes of all it gives, in order, "" first.
+    needs: of a side, beside pooled features. draws: it makes random choices. columns: the suffixes of all it gives, in
+    order, "" first.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
