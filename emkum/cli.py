@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
-import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Literal, Optional
 
 import typer
 
-from emkum import __version__
+from emkum import __version__, stopping
 from emkum.commands.ablate import ablate
 from emkum.commands.places import cache_place as _place
 from emkum.commands.recipes import recipes_app
@@ -42,9 +42,9 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(runs_app, name="runs")
 app.command("ablate")(ablate)
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # HUP: the terminal, or ssh, went away
+DEFAULT_CACHE = "./shards"
 OPEN_FILES = 16_384
-# Options that take every word up to the next option.
+# Options that take every word up to the next option or the folder of a cache.
 MANY = ("--data", "--teacher", "--set", "--images", "--texts", "--allow-teacher")
 
 
@@ -85,7 +85,7 @@ def extract(
         Optional[list[str]],  # noqa: UP045 (Typer reads it)
         typer.Option(help="WebDataset tars: files, folders, globs or {000..012} patterns. Default: ./data"),
     ] = None,
-    cache: CacheOption = "./shards",
+    cache: CacheOption = DEFAULT_CACHE,
     split: Annotated[str, typer.Option(help="What these tars are for: train, val, test or a name of yours.")] = "train",
     encoder: Annotated[
         Optional[str],  # noqa: UP045
@@ -123,8 +123,8 @@ def extract(
         Optional[str],  # noqa: UP045
         typer.Option(
             help="The text network the student starts from; its tokenizer makes the token ids. "
-            "Default: the text teacher if there is one, else bert-base; `none` leaves captions out, unless a text "
-            "teacher reads them."
+            "Default: the text teacher if there is one, the tokenizer alone of a teacher of pairs, else bert-base; "
+            "`none` leaves captions out, unless a teacher reads them."
         ),
     ] = None,
     targets: Annotated[
@@ -133,7 +133,8 @@ def extract(
             help="What to keep of the teacher, comma-separated: cls (one vector a picture), patches (one a patch), "
             "mean (of the patches, of a text's tokens, or of a sound's frames), layers (mean of layers, normalised, "
             "one a token: --layers), logits. Default: what `emkum teachers show NAME` says; cls,patches for most "
-            "picture teachers, cls,logits for ResNets, layers for text teachers, mean,layers for sounds."
+            "picture teachers, cls,logits for ResNets, layers for text teachers, mean,layers for sounds, cls,layers "
+            "for teachers of pairs, which read a caption with its picture: one vector, or one a token, a caption."
         ),
     ] = None,
     layers: Annotated[
@@ -197,7 +198,7 @@ def extract(
         typer.Option(help="Rows written and committed together; fixed when the cache is made. Default: 1024."),
     ] = None,
     max_bad: Annotated[
-        float, typer.Option(help="Share of pictures that may be unusable before the run stops.")
+        float, typer.Option(help="Share of pictures, captions or sounds that may be unusable before the run stops.")
     ] = 0.001,
     on_nonfinite: Annotated[
         str,
@@ -321,7 +322,7 @@ def extract(
 
 @app.command()
 def train(
-    cache: CacheOption = "./shards",
+    cache: CacheOption = DEFAULT_CACHE,
     recipe: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -638,7 +639,7 @@ def teachers_convert(
 
 
 @cache_app.command("info")
-def cache_info(cache: CacheArgument = "./shards", as_json: JsonOption = False) -> None:
+def cache_info(cache: CacheArgument = DEFAULT_CACHE, as_json: JsonOption = False) -> None:
     """What a cache holds: fields, rows, bytes, storage error, fingerprints, and what is missing."""
     from emkum.shards.audit import describe, table
     from emkum.shards.reader import Cache
@@ -649,7 +650,7 @@ def cache_info(cache: CacheArgument = "./shards", as_json: JsonOption = False) -
 
 @cache_app.command("verify")
 def cache_verify(
-    cache: CacheArgument = "./shards",
+    cache: CacheArgument = DEFAULT_CACHE,
     sample: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(help="Also compute so many committed rows of each field again, with --teacher, and compare them."),
@@ -677,10 +678,16 @@ def cache_verify(
     other weights than the cache was made with. Blocks that were not extracted yet are no damage.
     """
     from emkum.shards.audit import report_json, report_table
-    from emkum.shards.store import open_store
+    from emkum.shards.store import exists, open_store
     from emkum.shards.verify import verify
 
     store = open_store(_place(cache))
+    if cache == DEFAULT_CACHE and (teacher or data) and not exists(store, "zarr.json"):
+        raise UsageError(
+            f"no cache was named, and there is none in {DEFAULT_CACHE}; every word behind --teacher or --data belongs "
+            "to it, unless it is the folder of a cache",
+            "name the cache first: emkum cache verify CACHE --sample N --teacher NAME",
+        )
     config, networks = None, []
     if sample is not None or teacher:
         from emkum.stage1_extract.live_check import SampleConfig, load_teachers
@@ -707,7 +714,7 @@ def cache_verify(
 
 @cache_app.command("repair")
 def cache_repair(
-    cache: CacheArgument = "./shards",
+    cache: CacheArgument = DEFAULT_CACHE,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -729,7 +736,7 @@ def cache_repair(
 
 @cache_app.command("digest")
 def cache_digest(
-    cache: CacheArgument = "./shards",
+    cache: CacheArgument = DEFAULT_CACHE,
     quick: Annotated[
         bool, typer.Option("--quick", help="Trust the receipts instead of reading every object again.")
     ] = False,
@@ -744,7 +751,7 @@ def cache_digest(
 
 @cache_app.command("quarantine")
 def cache_quarantine(
-    cache: CacheArgument = "./shards",
+    cache: CacheArgument = DEFAULT_CACHE,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Write the list to this .csv, .json or .parquet file."),
@@ -817,7 +824,10 @@ def _say(line: str) -> None:
 
 
 def _spread(arguments: list[str]) -> list[str]:
-    """`--data a b c` -> `--data a --data b --data c`, so that globs the shell expanded work."""
+    """`--data a b c` -> `--data a --data b --data c`, so that globs the shell expanded work.
+
+    A cache among them is no value, but what the command works on: `cache verify --teacher beit2 ./shards`.
+    """
     spread: list[str] = []
     option = None
     words = 0
@@ -826,30 +836,25 @@ def _spread(arguments: list[str]) -> list[str]:
             option, words = (argument if argument in MANY else None), 0
         elif option is not None:
             words += 1
-            if words > 1:
+            if words > 1 and _is_cache(argument):
+                option = None
+            elif words > 1:
                 spread.append(option)
         spread.append(argument)
     return spread
 
 
-_received: list[Interrupted] = []
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    for either in STOPPING:  # a second signal ends at once; nothing committed is at risk
-        signal.signal(either, signal.SIG_DFL)
-    stopped = Interrupted(
-        f"stopped by {signal.Signals(number).name}; what was committed is kept", "the same command continues"
-    )
-    _received.append(stopped)
-    raise stopped
+def _is_cache(word: str) -> bool:
+    in_object_store = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", word) and not word.startswith(("http://", "https://"))
+    return bool(in_object_store) or (Path(word) / "zarr.json").is_file()
 
 
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code; every failure ends in one line on stderr."""
     try:
         app(args=_spread(arguments), standalone_mode=False)
-    except (EmkumError, Interrupted) as error:
+    except Interrupted as error:
+        stopping.heard()
         return _fail(error.line(), error.exit_code)
     except KeyboardInterrupt:
         return _fail("Interrupted: what was committed is kept | the same command continues", Interrupted.exit_code)
@@ -859,8 +864,10 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if _received:  # in the midst of an import, of which a library then made an error of its own
-            return _fail(_received[0].line(), Interrupted.exit_code)
+        if stopped := stopping.heard():  # of which a library made an error of its own; any other will come again
+            return _fail(stopped.line(), stopped.exit_code)
+        if isinstance(error, EmkumError):
+            return _fail(error.line(), error.exit_code)
         if isinstance(error, OSError):
             return _fail(f"StorageFailure: {error} | check the path and its permissions", StorageFailure.exit_code)
         kind = type(error).__name__
@@ -894,15 +901,18 @@ def allow_open_files() -> None:
 def main() -> None:
     """Entry point of the `emkum` command."""
     allow_open_files()
-    for number in STOPPING:
-        signal.signal(number, _interrupt)
-    code = run(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if "emkum.shards.reader" in sys.modules:
-        from emkum.shards.reader import remove_copies
+    try:
+        stopping.listen()
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if "emkum.shards.reader" in sys.modules:
+            from emkum.shards.reader import remove_copies
 
-        remove_copies()
+            remove_copies()
+    except Interrupted as stopped:  # before or after the command itself
+        stopping.heard()
+        code = _fail(stopped.line(), stopped.exit_code)
     os._exit(code)  # threads of C++ libraries may abort the process while Python tears itself down
 
 

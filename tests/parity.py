@@ -124,8 +124,8 @@ def assert_strict(folder: Path, tensor: str, tower: str = "") -> None:
     load_network(source)
 
 
-def assert_saved_whole(network: Network, folder: Path) -> None:
-    """Saved and loaded, the network is the same, under the same digest."""
+def assert_saved_whole(network: Network, folder: Path) -> Network:
+    """Saved and loaded, the network is the same, under the same digest. Returns the loaded one."""
     save_network(network, folder)
     again = load_saved(folder)
     assert again.weights_sha256 == network.weights_sha256
@@ -133,6 +133,7 @@ def assert_saved_whole(network: Network, folder: Path) -> None:
     theirs = network.backbone.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in again.backbone.state_dict().items())
     assert (again.family, again.modality, again.tokenizer) == (network.family, network.modality, network.tokenizer)
+    return again
 
 
 def assert_pictures_pass(network: Network, grid: tuple[int, int] = (5, 5)) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import os
-import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from short_runs import exact, logged, run, signal_at
 from tiny_cache import TinyCache, make_cache
 
 from emkum.errors import Interrupted, UsageError
-from emkum.stage2_train import losses
 from emkum.stage2_train.losses import in_chunks
 from emkum.stage2_train.micro_batches import MicroBatches
 from emkum.stage2_train.order import TrainOrder
 from emkum.stage2_train.recipe import load_recipe
 from emkum.stage2_train.run_folder import RunFolder, read_checkpoint
 from emkum.stage2_train.samples import sample_table
-from emkum.stage2_train.train import TrainConfig, train
+from emkum.stage2_train.train import TrainConfig
 
 SMALL = ("training.epochs=3", "optimiser.lr=0.1", "optimiser.encoder_lr=0.02", "evaluation.split=none")
 CLS_MSE_ALONE = ("cls-mse", "objectives.itc=none")
@@ -35,19 +31,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> TinyCache:
 
 
 def configured(cache: TinyCache, run_dir: Path, recipe: str, *overrides: str, **changes: Any) -> TrainConfig:
-    common = {"precision": "float32", "device": "cpu", "log_every": 1}
-    return TrainConfig(cache.path, recipe, (*SMALL, *overrides), run_dir, **{**common, **changes})
-
-
-def run(config: TrainConfig) -> list[str]:
-    lines: list[str] = []
-    train(config, say=lines.append)
-    return lines
-
-
-def logged(folder: Path, column: str = "loss") -> np.ndarray:
-    with (folder / "metrics.csv").open() as file:
-        return np.array([float(row[column]) for row in csv.DictReader(file)])
+    return exact(cache, run_dir, recipe, *SMALL, *overrides, **changes)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -58,24 +42,6 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=error, atol=error)
-
-
-@pytest.fixture
-def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sends this process SIGINT while the given batch of the process, from 1, is computed."""
-
-    def plan(batch: int) -> None:
-        add, seen = losses.Journal.add, [0]
-
-        def counting(self: losses.Journal, parts: Any) -> None:
-            seen[0] += 1
-            if seen[0] == batch:
-                os.kill(os.getpid(), signal.SIGINT)
-            add(self, parts)
-
-        monkeypatch.setattr(losses.Journal, "add", counting)
-
-    return plan
 
 
 # --- one step of several batches ---------------------------------------------------------------------------------
@@ -149,12 +115,12 @@ def test_more_batches_a_step_than_an_epoch_has_are_refused(cache: TinyCache, tmp
 )
 @pytest.mark.parametrize("stop", [1, 5, 6, 7, 8])
 def test_a_run_stopped_in_the_middle_of_a_step_goes_on_bit_for_bit(
-    cache: TinyCache, tmp_path: Path, signal_at: Callable[[int], None], recipe: str, overrides: list[str], stop: int
+    cache: TinyCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, overrides: list[str], stop: int
 ) -> None:
     parts = ("training.batch=5", "training.accumulate=4", *overrides)
     run(configured(cache, tmp_path / "whole", recipe, *parts))
     config = configured(cache, tmp_path / "run", recipe, *parts)
-    signal_at(stop)
+    signal_at(stop, monkeypatch)
     with pytest.raises(Interrupted) as error:
         run(config)
     half = f" and {stop % 4} of 4 batches of the next" if stop % 4 else ""
@@ -163,7 +129,7 @@ def test_a_run_stopped_in_the_middle_of_a_step_goes_on_bit_for_bit(
     found = read_checkpoint(RunFolder(tmp_path / "run").last)
     assert found["global_step"] == stop // 4
     assert ("unstepped" in found) == bool(stop % 4)
-    signal_at(-1)
+    signal_at(-1, monkeypatch)
     run(replace(config, recipe=None, overrides=(), resume=True))
     whole, ours = (read_checkpoint(RunFolder(tmp_path / name).last) for name in ("whole", "run"))
     for name, tensor in whole["state_dict"].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -12,24 +13,26 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from emkum import errors
+from emkum import cli, errors
 from emkum.shards import claims as claims_module
 from emkum.shards import durable
-from emkum.shards.claims import CLAIMS, Claims
+from emkum.shards.claims import CLAIMS, Claims, block_key
 from emkum.shards.codec import encode
 from emkum.shards.fingerprint import Fingerprint
-from emkum.shards.layout import FieldSpec
+from emkum.shards.layout import SPACES, FieldSpec, Space
 from emkum.shards.reader import Cache
 from emkum.shards.store import LocalStore
 from emkum.shards.tars import PictureMember, SourceSample, SourceTar
 from emkum.shards.views import ViewPolicy
 from emkum.shards.writer import CacheWriter
 from tests.conftest import TORTURE_MINUTES
+from tests.extraction import make_pictures, save_teacher
 
 FIELD = FieldSpec("teacher/t/image/cls", "pooled", "float32", (4,))
 
@@ -113,6 +116,15 @@ def test_the_claim_of_a_dead_process_is_taken_over_at_once(tmp_path: Path) -> No
         assert claim.path.endswith(".2.json")
         claim.release()
     assert not list((tmp_path / CLAIMS).iterdir())
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_process_is_seen_by_its_claim_on_a_block_of_any_space(space: Space, tmp_path: Path) -> None:
+    store, key = LocalStore(tmp_path), block_key(space, 3, 1)
+    holder_elsewhere(store, f"{key}.1")
+    assert (len(Claims(store).writers()), Claims(store).dead_keys()) == (1, [])
+    holder_elsewhere(store, f"{key}.1", seconds_ago=120)
+    assert (Claims(store).writers(), Claims(store).dead_keys()) == ([], [key])
 
 
 def test_a_process_number_that_is_used_again_is_another_process(tmp_path: Path) -> None:
@@ -445,6 +457,52 @@ def test_unfinished_writes_of_the_dead_are_swept_and_those_of_the_living_are_not
     assert len(list(tmp_path.rglob("*.tmp"))) == 1
     assert mine.commit()
     dead.discard()
+
+
+def refuse(cache: Path, work: Callable[[Claims], object]) -> None:
+    """A plan that fails after `work`."""
+    with contextlib.suppress(errors.UsageError), Claims(LocalStore(cache)) as claims, claims.planning(join=False):
+        work(claims)
+        raise errors.UsageError("no")
+
+
+@pytest.mark.parametrize("made", [[], ["deep"], ["deep", "deep/cache"]], ids=str)
+def test_a_plan_that_is_refused_where_no_cache_was_leaves_nothing(made: list[str], tmp_path: Path) -> None:
+    cache = tmp_path / "deep" / "cache"
+    for folder in made:
+        (tmp_path / folder).mkdir()
+    refuse(cache, lambda claims: CacheWriter(cache, None, claims.check_planning))
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == made
+
+
+def test_a_plan_that_is_refused_leaves_what_others_may_need(tmp_path: Path) -> None:
+    """A cache that was there; a network that took minutes to fetch; whatever another process does by now."""
+    old, kept, taken = (tmp_path / name for name in ("old", "kept", "taken"))
+    CacheWriter(old, 16)
+    before = committed(old)
+    refuse(old, lambda claims: None)
+    assert committed(old) == before
+    network = {"model.json": b"{}"}
+    refuse(kept, lambda claims: CacheWriter(kept, None, claims.check_planning).keep_network("t", network))
+    assert {"zarr.json", "_emkum/models/t/model.json"} < set(committed(kept))
+    heir = Claims(LocalStore(taken))
+
+    def lose_the_plan(claims: Claims) -> None:
+        CacheWriter(taken)
+        holder_elsewhere(LocalStore(taken), "plan.1", seconds_ago=120, token=claims._me.token)
+        assert heir.take("plan") is not None
+
+    refuse(taken, lose_the_plan)
+    assert set(committed(taken)) == {"zarr.json"}
+    heir.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("more", [("--targets", "logits"), ("--size", "30"), ("--logits-top", "3")])
+def test_a_command_that_is_refused_leaves_no_folder_behind(more: tuple[str, ...], tmp_path: Path) -> None:
+    tar, teacher = make_pictures(tmp_path / "a.tar", 2), save_teacher(tmp_path / "wide")
+    words = ["--teacher", str(teacher), "--data", str(tar), "--cache", str(tmp_path / "cache"), "--device", "cpu"]
+    assert cli.run(["extract", *words, *more]) == 2
+    assert not (tmp_path / "cache").exists()
 
 
 # --- real processes ----------------------------------------------------------------------------------------

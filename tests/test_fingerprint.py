@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from sound_files import sounds_tar, tiny_ear
 from test_extract import make_tar, quiet, tiny_config, word_tokenizer
-from tiny_cache import tiny_network
+from tiny_cache import save_networks, tiny_network
 
 from emkum import errors
-from emkum.models.network import Network, load_saved, save_network, weights_digest
+from emkum.models.network import Network, load_saved
 from emkum.models.passes import Wanted
 from emkum.models.preprocessing import Preprocessing
 from emkum.shards.fingerprint import Fingerprint
@@ -33,7 +33,6 @@ CLS = "teacher/vit/image/cls"
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of tiny networks that call themselves vit or text, and differ in one thing from those of that name."""
-    root = tmp_path_factory.mktemp("networks")
     vit = tiny_network("vit", "image")
     text = replace(tiny_network("text", "text", max_positions=32), tokenizer=word_tokenizer())
     looks = vit.preprocessing
@@ -51,9 +50,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "second-text": replace(text, name="second-text"),
         "ear": tiny_ear(),
     }
-    for folder, network in saved.items():
-        save_network(replace(network, weights_sha256=weights_digest(network.backbone)), root / folder)
-    return root
+    return save_networks(tmp_path_factory.mktemp("networks"), saved)
 
 
 @pytest.fixture

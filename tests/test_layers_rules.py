@@ -14,11 +14,11 @@ import pytest
 import torch
 from test_extract import make_tar, objects, quiet, tiny_config, word_tokenizer
 from test_models_targets import rule_reference
-from tiny_cache import tiny_classifier, tiny_network
+from tiny_cache import save_networks, tiny_classifier, tiny_network
 
 from emkum import errors
 from emkum.models import targets
-from emkum.models.network import Network, load_saved, normalise, save_network, weights_digest
+from emkum.models.network import Network, load_saved, normalise
 from emkum.models.passes import FrozenPass, Wanted, default_rule, rule_of
 from emkum.models.targets import LayersRule, named_rule
 from emkum.shards.audit import describe
@@ -41,7 +41,6 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders: vit (4 blocks, one register), prenet (its first 2 blocks are one), tail (vit's first 2 blocks, then
     its own), other (shares nothing), text, classes (a ResNet with logits).
     """
-    root = tmp_path_factory.mktemp("networks")
     tail = tiny_network("tail", "image", num_registers=1)
     with torch.no_grad():
         tail.backbone.stack.blocks[2].qkv.weight.add_(0.1)
@@ -53,9 +52,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "text": replace(tiny_network("text", "text"), tokenizer=word_tokenizer()),
         "classes": tiny_classifier("classes", classes=CLASSES),
     }
-    for folder, network in saved.items():
-        save_network(replace(network, weights_sha256=weights_digest(network.backbone)), root / folder)
-    return root
+    return save_networks(tmp_path_factory.mktemp("networks"), saved)
 
 
 @pytest.fixture
@@ -437,7 +434,7 @@ def test_logits_that_were_rounded_are_not_mixed_with_exact_ones(
 ) -> None:
     narrow = replace(top, compute="bfloat16", logits_top=None, targets=("cls", "logits"))
     with monkeypatch.context() as before:
-        before.setattr(fields, "_EXACT", "")
+        before.setattr(fields, "EXACT", "")
         quiet(narrow)
     with pytest.raises(errors.FingerprintMismatch, match="classifier logits in the cache, classifier logits, float32"):
         quiet(narrow)

@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_live import tokenizer, write_tar
+from test_live import exact_config, tokenizer, write_tar
 from test_models_targets import rule_reference
-from tiny_cache import NUM_TOKENS, POSITIONS, SIZE, VOCABULARY, WIDTH, tiny_network
+from tiny_cache import NUM_TOKENS, VOCABULARY, WIDTH, tiny_network
 
 from emkum.errors import UsageError
 from emkum.models.network import save_network
 from emkum.models.targets import RULES, LayersRule, named_rule
 from emkum.shards.reader import Cache
-from emkum.stage1_extract.config import ExtractConfig
 from emkum.stage1_extract.extract import extract
 from emkum.stage2_train.loader import Batch
 from emkum.stage2_train.losses import step_losses, students_rule
@@ -43,21 +42,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_network(replace(tiny_network("other", "image", seed=7), source=str(folder / "other")), folder / "other")
     text = replace(tiny_network("tinybert", "text", seed=1), tokenizer=tokenizer(), source=str(folder / "tinybert"))
     save_network(text, folder / "tinybert")
-    config = ExtractConfig(
-        teacher=("",),
-        data=(str(folder / "a.tar"),),
+    config = exact_config(
+        folder,
         cache=folder / "cache",
         encoder=str(folder / "tinyvit"),
         text_encoder=str(folder / "tinybert"),
         cut="prenet",
         targets=("layers",),
-        size=SIZE,
-        compute="float32",
-        storage="float32",
-        max_tokens=POSITIONS,
-        batch_size=16,
-        rows_per_block=16,
-        device="cpu",
     )
     for name, rule in {**{rule: rule for rule in RULES}, **OTHERS}.items():
         for teacher in ("other", "tinybert"):

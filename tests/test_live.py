@@ -55,6 +55,22 @@ def write_tar(path: Path, pictures: int) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
+def exact_config(folder: Path, **changes: Any) -> ExtractConfig:
+    """Extraction from `folder`/a.tar in float32, computed and stored, blocks of 16 rows."""
+    config = ExtractConfig(
+        teacher=("",),
+        data=(str(folder / "a.tar"),),
+        size=SIZE,
+        compute="float32",
+        storage="float32",
+        max_tokens=POSITIONS,
+        batch_size=16,
+        rows_per_block=16,
+        device="cpu",
+    )
+    return replace(config, **changes)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tar, two image networks and a text network as folders, and two caches extracted from them."""
@@ -64,20 +80,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_network(replace(tiny_network("other", "image", seed=7), source=str(folder / "other")), folder / "other")
     save_network(replace(tiny_network("tinybert", "text", seed=1), tokenizer=tokenizer()), folder / "tinybert")
     save_network(replace(tiny_classifier("classifier"), source=str(folder / "classifier")), folder / "classifier")
-    images = ExtractConfig(
+    images = exact_config(
+        folder,
         teacher=(str(folder / "tinyvit"), str(folder / "other"), str(folder / "tinybert")),
-        data=(str(folder / "a.tar"),),
         cut=1,
         targets=("cls", "layers"),
-        size=SIZE,
         views=2,
         flip=True,
-        compute="float32",
-        storage="float32",
-        max_tokens=POSITIONS,
-        batch_size=16,
-        rows_per_block=16,
-        device="cpu",
     )
     for storage in ("float32", "float16", "int8"):
         made = replace(images, cache=folder / storage, storage=storage)

@@ -17,6 +17,7 @@ from emkum.errors import UnsupportedNetwork, UsageError, WeightsUnavailable
 from emkum.models import fetch
 from emkum.models.catalogue import load_network
 from emkum.models.families import originals, registry
+from tests.beit_originals import trunk
 
 WIDTH, DEPTH, HEADS, PATCH, GRID = 24, 2, 3, 4, 5
 
@@ -46,11 +47,9 @@ def hf_model() -> Any:
 def original_state(model: Any) -> dict[str, Tensor]:
     """What the authors' pre-training saves, with the heads it has and we do not need."""
     theirs = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = {
-        "cls_token": theirs["embeddings.cls_token"],
+    return {
+        **trunk(model, DEPTH),
         "mask_token": theirs["embeddings.mask_token"],
-        "patch_embed.proj.weight": theirs["embeddings.patch_embeddings.projection.weight"],
-        "patch_embed.proj.bias": theirs["embeddings.patch_embeddings.projection.bias"],
         "rel_pos_bias.relative_position_bias_table": theirs["shared_position_bias.relative_position_bias_table"],
         "rel_pos_bias.relative_position_index": torch.zeros(26, 26, dtype=torch.int64),
         "norm.weight": theirs["layernorm.weight"],
@@ -58,25 +57,6 @@ def original_state(model: Any) -> dict[str, Tensor]:
         "lm_head.weight": torch.zeros(7, WIDTH),
         "cls_pt_layers.0.norm1.weight": torch.zeros(WIDTH),
     }
-    for index in range(DEPTH):
-        layer, block = f"layers.{index}", f"blocks.{index}"
-        qkv = [theirs[f"{layer}.attention.{name}_proj.weight"] for name in "qkv"]
-        state |= {
-            f"{block}.attn.qkv.weight": torch.cat(qkv),
-            f"{block}.attn.q_bias": theirs[f"{layer}.attention.q_proj.bias"],
-            f"{block}.attn.v_bias": theirs[f"{layer}.attention.v_proj.bias"],
-            f"{block}.gamma_1": theirs[f"{layer}.lambda_1"],
-            f"{block}.gamma_2": theirs[f"{layer}.lambda_2"],
-        }
-        for end in ("weight", "bias"):
-            state |= {
-                f"{block}.attn.proj.{end}": theirs[f"{layer}.attention.o_proj.{end}"],
-                f"{block}.norm1.{end}": theirs[f"{layer}.layernorm_before.{end}"],
-                f"{block}.norm2.{end}": theirs[f"{layer}.layernorm_after.{end}"],
-                f"{block}.mlp.fc1.{end}": theirs[f"{layer}.mlp.fc1.{end}"],
-                f"{block}.mlp.fc2.{end}": theirs[f"{layer}.mlp.fc2.{end}"],
-            }
-    return state
 
 
 def write(path: Path, state: dict[str, Tensor]) -> Path:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from emkum.errors import UnsupportedNetwork, UsageError, WeightsUnavailable
+from emkum.errors import UnsupportedNetwork, WeightsUnavailable
 from emkum.models import targets
 from emkum.models.backbone import Backbone
 from emkum.models.catalogue import load_network
@@ -25,15 +25,21 @@ from emkum.models.families.checkpoint import of_tensors
 from emkum.models.families.family import Family
 from emkum.models.families.registry import CATALOGUE, read_backbone
 from emkum.models.multiway import Layout, Multiway, MultiwaySpec
-from emkum.models.network import Network, load_saved, save_network
-from emkum.models.passes import FrozenPass, Wanted
-from emkum.stage1_extract.config import ExtractConfig
-from emkum.stage1_extract.plan import survey
-from tests.extraction import make_pictures
+from emkum.models.network import Network
 from tests.test_models_families import TOLERANCE, relative
 from tests.test_models_tokenizer import trained_spm
+from tests.towers import (
+    GRID,
+    PATCH,
+    WORDS,
+    assert_saved_and_rounded,
+    assert_strict,
+    assert_towers_pass,
+    padded_texts,
+    random,
+)
 
-WIDTH, HEADS, DEPTH, MLP, PATCH, GRID, WORDS = 128, 2, 3, 96, 4, 5, 60  # heads of 64 channels, as in every BEiT-3
+WIDTH, HEADS, DEPTH, MLP = 128, 2, 3, 96  # heads of 64 channels, as in every BEiT-3
 State = dict[str, Tensor]
 
 
@@ -145,16 +151,6 @@ def write(folder: Path, state: State) -> Path:
     return path
 
 
-def random(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def padded_texts(lengths: tuple[int, ...] = (9, 4, 1, 12), seed: int = 2) -> tuple[Tensor, Tensor]:
-    """Ids and mask; whatever stands in the pads must not matter, so it is no pad id."""
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return torch.randint(4, WORDS, mask.shape, generator=torch.Generator().manual_seed(seed)), mask
-
-
 def in_float32(path: Path, tower: str) -> tuple[Network, Backbone]:
     network = load_network(f"{path}{tower}")
     assert isinstance(network.backbone, Backbone)
@@ -253,16 +249,7 @@ def test_the_stack_of_pairs_gives_a_picture_alone_or_a_text_alone_what_their_tow
 def test_a_missing_a_left_over_and_a_misshapen_tensor_are_each_refused(tower: str, tmp_path: Path) -> None:
     way = "B" if tower == "#text" else "A"
     name = f"beit3.encoder.layers.1.self_attn.inner_attn_ln.{way}.bias"
-    state = original_state()
-    del state[name]
-    with pytest.raises(UnsupportedNetwork, match=rf"it lacks {name.removeprefix('beit3.')}"):
-        load_network(f"{write(tmp_path / 'missing', state)}{tower}")
-    state = original_state() | {"beit3.encoder.layers.1.extra.weight": torch.zeros(1)}
-    with pytest.raises(UnsupportedNetwork, match=r"unknown tensors encoder\.layers\.1\.extra\.weight"):
-        load_network(f"{write(tmp_path / 'left', state)}{tower}")
-    state = original_state() | {name: torch.zeros(7)}
-    with pytest.raises(UnsupportedNetwork, match=r"inner_attn_ln\.[AB]\.bias has shape \(7,\)"):
-        load_network(f"{write(tmp_path / 'shape', state)}{tower}")
+    assert_strict(lambda state: load_network(f"{write(tmp_path, state)}{tower}"), original_state(), name)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -321,39 +308,11 @@ def test_a_tokenizer_of_more_pieces_than_the_network_has_words_is_refused(tower:
 @pytest.mark.parametrize("tower", ["", "#text", "#pair"])
 def test_saved_and_loaded_again_it_is_the_same_network(tower: str, prefix: str, tmp_path: Path) -> None:
     network = load_network(f"{write(tmp_path / 'from', original_state(prefix=prefix))}{tower}")
-    save_network(network, tmp_path / "kept")
-    again = load_saved(tmp_path / "kept")
-    assert (again.weights_sha256, again.tokenizer) == (network.weights_sha256, network.tokenizer)
-    assert again.backbone.spec == network.backbone.spec
-    with torch.no_grad():
-        assert torch.equal(outputs(again), outputs(network))
-        rounded = outputs(network.placed("cpu", torch.bfloat16))
-    assert rounded.dtype == torch.float32
-    assert 0 < relative(rounded, outputs(network)) < 0.05
-
-
-def outputs(network: Network) -> Tensor:
-    ids, mask = padded_texts()
-    images = random(4, 3, 20, 24)
-    inputs = {"image": (images,), "text": (ids, mask), "pair": (images, ids, mask)}[network.modality]
-    final: Tensor = network.backbone(*inputs)
-    return final if network.modality == "image" else final[:, :-12] if network.modality == "pair" else final[mask]
+    assert_saved_and_rounded(network, tmp_path / "kept")
 
 
 def test_the_towers_run_through_a_frozen_pass(tmp_path: Path) -> None:
-    path = write(tmp_path, original_state())
-    image, text = load_network(str(path), name="i"), load_network(f"{path}#text", name="t")
-    crops = torch.randint(0, 256, (2, 20, 20, 3), dtype=torch.uint8)
-    frozen = FrozenPass([image], [Wanted("i", what) for what in ("cls", "patches", "layers")], "float32", "cpu")
-    cls, patches, layers = frozen.pictures(crops)
-    assert (cls.shape, patches.shape, layers.shape) == ((2, WIDTH), (2, 25, WIDTH), (2, 26, WIDTH))
-    ids, mask = padded_texts()
-    frozen = FrozenPass([text], [Wanted("t", what) for what in ("cls", "patches", "layers")], "float32", "cpu")
-    cls, words, layers = frozen.texts(ids, mask)
-    with torch.no_grad():
-        assert relative(cls, text.backbone(ids, mask)[:, 0]) < TOLERANCE
-    assert not words[~mask].any()
-    assert not layers[~mask].any()
+    assert_towers_pass(write(tmp_path, original_state()), WIDTH)
 
 
 def test_the_catalogue_has_a_name_for_every_tower_of_every_size() -> None:
@@ -381,16 +340,6 @@ def test_towers_of_unlike_blocks_make_no_network_of_pairs(tmp_path: Path) -> Non
     assert isinstance(spec, MultiwaySpec)
     with pytest.raises(UnsupportedNetwork, match="whose blocks differ"):
         dataclasses.replace(spec, text=dataclasses.replace(spec.text, heads=4))
-
-
-def test_a_network_of_pairs_is_no_teacher_for_fields_of_pictures_or_texts(tmp_path: Path) -> None:
-    tar, path = make_pictures(tmp_path / "a.tar", 2), write(tmp_path, original_state())
-    for source, towers in (("beit3-pair", "beit3"), (f"{path}#pair", str(path))):
-        with pytest.raises(UsageError, match="takes a picture with its caption") as caught:
-            survey(ExtractConfig(teacher=(source,), data=(str(tar),), cache=tmp_path / "cache"))
-        assert caught.value.what.startswith(source)
-        assert f"--teacher {towers} for pictures, --teacher '{towers}#text' for texts" in caught.value.way_out
-    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

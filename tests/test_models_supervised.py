@@ -21,6 +21,7 @@ from emkum.models.families.registry import CATALOGUE
 from emkum.models.passes import FrozenPass, Wanted
 from emkum.models.preprocessing import Preprocessing
 from emkum.models.supervision import judge
+from tests.beit_originals import trunk
 from tests.parity import GRIDS, PATCH, assert_same, ours_on_pictures, pictures, recorded
 from tests.test_models_beit2 import write
 from tests.test_models_families import randomised, saved
@@ -45,36 +46,18 @@ def beit() -> Any:
 
 def fine_tuned_state(model: nn.Module) -> dict[str, Tensor]:
     """What the authors' fine-tuning saves."""
-    theirs = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    theirs = model.state_dict()
     state = {
-        "cls_token": theirs["embeddings.cls_token"],
-        "patch_embed.proj.weight": theirs["embeddings.patch_embeddings.projection.weight"],
-        "patch_embed.proj.bias": theirs["embeddings.patch_embeddings.projection.bias"],
+        **trunk(model, depth=3),
         "fc_norm.weight": torch.ones(24),
         "fc_norm.bias": torch.zeros(24),
         "head.weight": torch.zeros(7, 24),
         "head.bias": torch.zeros(7),
     }
     for i in range(3):
-        layer, block = f"layers.{i}", f"blocks.{i}"
-        (table,) = [name for name in theirs if name.startswith(f"{layer}.") and name.endswith("bias_table")]
-        state |= {
-            f"{block}.attn.relative_position_bias_table": theirs[table],
-            f"{block}.attn.relative_position_index": torch.zeros(26, 26, dtype=torch.int64),
-            f"{block}.attn.qkv.weight": torch.cat([theirs[f"{layer}.attention.{n}_proj.weight"] for n in "qkv"]),
-            f"{block}.attn.q_bias": theirs[f"{layer}.attention.q_proj.bias"],
-            f"{block}.attn.v_bias": theirs[f"{layer}.attention.v_proj.bias"],
-            f"{block}.gamma_1": theirs[f"{layer}.lambda_1"],
-            f"{block}.gamma_2": theirs[f"{layer}.lambda_2"],
-        }
-        for end in ("weight", "bias"):
-            state |= {
-                f"{block}.attn.proj.{end}": theirs[f"{layer}.attention.o_proj.{end}"],
-                f"{block}.norm1.{end}": theirs[f"{layer}.layernorm_before.{end}"],
-                f"{block}.norm2.{end}": theirs[f"{layer}.layernorm_after.{end}"],
-                f"{block}.mlp.fc1.{end}": theirs[f"{layer}.mlp.fc1.{end}"],
-                f"{block}.mlp.fc2.{end}": theirs[f"{layer}.mlp.fc2.{end}"],
-            }
+        (table,) = [name for name in theirs if name.startswith(f"layers.{i}.") and name.endswith("bias_table")]
+        state[f"blocks.{i}.attn.relative_position_bias_table"] = theirs[table].clone()
+        state[f"blocks.{i}.attn.relative_position_index"] = torch.zeros(26, 26, dtype=torch.int64)
     return state
 
 

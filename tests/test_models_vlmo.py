@@ -24,12 +24,20 @@ from emkum.models.families.family import Family
 from emkum.models.families.registry import CATALOGUE, read_backbone
 from emkum.models.families.vlmo import FAMILIES
 from emkum.models.multiway import Multiway
-from emkum.models.network import Network, load_saved, save_network
-from emkum.models.passes import FrozenPass, Wanted
 from emkum.models.supervision import Guard
 from tests.test_models_families import TOLERANCE, relative, write_tokenizer
+from tests.towers import (
+    GRID,
+    PATCH,
+    WORDS,
+    assert_saved_and_rounded,
+    assert_strict,
+    assert_towers_pass,
+    padded_texts,
+    random,
+)
 
-WIDTH, DEPTH, FUSED, MLP, PATCH, GRID, WORDS, TEXT = 32, 4, 2, 48, 4, 5, 60, 196
+WIDTH, DEPTH, FUSED, MLP, TEXT = 32, 4, 2, 48, 196
 PICTURE_ROWS = (2 * GRID - 1) ** 2 + 3
 State = dict[str, Tensor]
 
@@ -197,16 +205,6 @@ def write(folder: Path, state: State) -> Path:
     return path
 
 
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-
-
-def padded_texts(lengths: tuple[int, ...] = (9, 4, 1, 12)) -> tuple[Tensor, Tensor]:
-    """Ids and mask; whatever stands in the pads must not matter, so it is no pad id."""
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return torch.randint(4, WORDS, mask.shape, generator=torch.Generator().manual_seed(2)), mask
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("grid", [(5, 5), (7, 7), (3, 6)], ids=str)
 def test_pictures_give_the_numbers_of_the_equations_layer_by_layer(
@@ -309,16 +307,7 @@ def test_the_index_in_the_file_says_how_the_table_is_divided(tmp_path: Path) -> 
 @pytest.mark.parametrize("tower", ["", "#text", "#pair"])
 def test_a_missing_a_left_over_and_a_misshapen_tensor_are_each_refused(tower: str, tmp_path: Path) -> None:
     name = "transformer.blocks.1.norm1.bias"
-    state = original_state()
-    del state[name]
-    with pytest.raises(UnsupportedNetwork, match=rf"it lacks {name}"):
-        load_network(f"{write(tmp_path / 'missing', state)}{tower}")
-    state = original_state() | {"transformer.blocks.1.extra.weight": torch.zeros(1)}
-    with pytest.raises(UnsupportedNetwork, match=r"unknown tensors transformer\.blocks\.1\.extra\.weight"):
-        load_network(f"{write(tmp_path / 'left', state)}{tower}")
-    state = original_state() | {name: torch.zeros(7)}
-    with pytest.raises(UnsupportedNetwork, match=r"norm1\.bias has shape \(7,\)"):
-        load_network(f"{write(tmp_path / 'shape', state)}{tower}")
+    assert_strict(lambda state: load_network(f"{write(tmp_path, state)}{tower}"), original_state(), name)
 
 
 @pytest.mark.parametrize("absolute", [False, True], ids=["table", "base-plus"])
@@ -367,23 +356,7 @@ def test_the_step_before_pairs_has_towers_but_no_experts_of_pairs(tmp_path: Path
 @pytest.mark.parametrize("tower", ["", "#text", "#pair"])
 def test_saved_and_loaded_again_it_is_the_same_network(tower: str, tmp_path: Path) -> None:
     network = load_network(f"{write(tmp_path / 'from', original_state())}{tower}")
-    save_network(network, tmp_path / "kept")
-    again = load_saved(tmp_path / "kept")
-    assert (again.weights_sha256, again.tokenizer) == (network.weights_sha256, network.tokenizer)
-    assert again.backbone.spec == network.backbone.spec
-    with torch.no_grad():
-        assert torch.equal(outputs(again), outputs(network))
-        rounded = outputs(network.placed("cpu", torch.bfloat16))
-    assert rounded.dtype == torch.float32
-    assert 0 < relative(rounded, outputs(network)) < 0.05
-
-
-def outputs(network: Network) -> Tensor:
-    ids, mask = padded_texts()
-    images = random(4, 3, 20, 24)
-    inputs = {"image": (images,), "text": (ids, mask), "pair": (images, ids, mask)}[network.modality]
-    final: Tensor = network.backbone(*inputs)
-    return final if network.modality == "image" else final[:, :-12] if network.modality == "pair" else final[mask]
+    assert_saved_and_rounded(network, tmp_path / "kept")
 
 
 def test_one_attention_serves_both_modalities_of_a_pair(tmp_path: Path) -> None:
@@ -395,19 +368,7 @@ def test_one_attention_serves_both_modalities_of_a_pair(tmp_path: Path) -> None:
 
 
 def test_the_towers_run_through_a_frozen_pass(tmp_path: Path) -> None:
-    path = write(tmp_path, original_state())
-    image, text = load_network(str(path), name="i"), load_network(f"{path}#text", name="t")
-    crops = torch.randint(0, 256, (2, 20, 20, 3), dtype=torch.uint8)
-    frozen = FrozenPass([image], [Wanted("i", what) for what in ("cls", "patches", "layers")], "float32", "cpu")
-    cls, patches, layers = frozen.pictures(crops)
-    assert (cls.shape, patches.shape, layers.shape) == ((2, WIDTH), (2, 25, WIDTH), (2, 26, WIDTH))
-    ids, mask = padded_texts()
-    frozen = FrozenPass([text], [Wanted("t", what) for what in ("cls", "patches", "layers")], "float32", "cpu")
-    cls, words, layers = frozen.texts(ids, mask)
-    with torch.no_grad():
-        assert relative(cls, text.backbone(ids, mask)[:, 0]) < TOLERANCE
-    assert not words[~mask].any()
-    assert not layers[~mask].any()
+    assert_towers_pass(write(tmp_path, original_state()), WIDTH)
 
 
 @pytest.mark.parametrize("guard", [Guard(label_free=True), Guard(text_free=True)], ids=["label-free", "text-free"])

@@ -6,6 +6,7 @@ B batch, H height, W width, T tokens, D width, L text tokens.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from emkum.errors import RefusedTeacher, UnsupportedNetwork, UsageError
 from emkum.models import fetch, targets, whole_transformers
 from emkum.models.catalogue import load_network
+from emkum.models.families.checkpoint import open_folder
 from emkum.models.network import Network, load_saved, normalise, save_network, shares_prefix, weights_digest
 from emkum.models.passes import FrozenPass, Wanted
 from emkum.models.resnet import ResNet
@@ -516,6 +518,43 @@ def test_code_beside_the_weights_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedNetwork, match=r"is of type 'mine', which neither emkum nor transformers 5\S* reads"):
         load_network(str(folder))
     assert not (tmp_path / "was-run").exists()
+
+
+class Trap:
+    """Pickled, an order to make a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_torch_file_is_read_like_a_safetensors_file(tmp_path: Path) -> None:
+    folder = saved(randomised(distilbert()), tmp_path / "net")
+    network = load_network(str(folder))
+    only_torch_file(folder)
+    assert load_network(str(folder)).weights_sha256 == network.weights_sha256
+
+
+def test_code_in_a_torch_file_is_never_run(tmp_path: Path) -> None:
+    folder, marker = saved(randomised(distilbert()), tmp_path / "net"), tmp_path / "was-run"
+    harmless = open_folder(folder)
+    only_torch_file(folder, trap=Trap(marker))
+    with pytest.raises(UnsupportedNetwork, match="is damaged or holds more than tensors"):
+        load_network(str(folder))
+    # Nor by transformers, which opens the file again.
+    with pytest.raises(UnsupportedNetwork, match=r"net cannot be read by transformers \S+ as DistilBertModel"):
+        whole_transformers.read_whole(folder, harmless, classifier=False)
+    assert not marker.exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert marker.exists()  # it would have been
+
+
+def only_torch_file(folder: Path, **more: Any) -> None:
+    """The weights of the folder as pytorch_model.bin, with more in it."""
+    torch.save(load_file(folder / "model.safetensors") | more, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
 
 
 def test_a_tower_it_has_not_is_refused(tmp_path: Path) -> None:

@@ -377,6 +377,28 @@ def test_a_sound_cache_agrees_with_its_networks(
     assert len([line for line in shown.splitlines() if line.endswith("  agrees")]) == 8
 
 
+def test_the_cache_may_stand_behind_the_teachers(
+    config: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet(config)
+    monkeypatch.chdir(tmp_path)
+    sampling = ["cache", "verify", "--device", "cpu", "--sample", "5", "--teacher", *config.teacher]
+    assert cli.run([*sampling, str(config.cache)]) == 0
+    assert cli.run([*sampling, "--data", *config.data, str(config.cache)]) == 0
+    assert "agrees" in capsys.readouterr().out
+    assert cli.run([*sampling, "no-such-cache"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "emkum: UsageError: no cache was named, and there is none in ./shards; every word behind --teacher or --data "
+        "belongs to it, unless it is the folder of a cache | name the cache first: emkum cache verify CACHE --sample N "
+        "--teacher NAME"
+    )
+
+
+def test_a_cache_in_an_object_store_is_no_teacher_but_weights_on_the_web_are() -> None:
+    for place, spread in (("s3://bucket/cache", []), ("https://host/beit2.pth", ["--teacher"])):
+        assert cli._spread(["--teacher", "beit2", place]) == ["--teacher", "beit2", *spread, place]
+
+
 def test_the_draw_takes_all_splits_and_views_and_follows_its_seed(
     config: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

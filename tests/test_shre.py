@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-import os
-import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from short_runs import exact, logged, run, signal_at
 from tiny_cache import (
     CLASSES,
     NUM_TOKENS,
@@ -32,7 +29,6 @@ from torch import Tensor
 from emkum.errors import Interrupted, UsageError
 from emkum.models.targets import top_logits, unpacked
 from emkum.shards.reader import Cache
-from emkum.stage2_train import losses
 from emkum.stage2_train.evaluate.run import evaluate_cache
 from emkum.stage2_train.loader import Batch, Buffers, CachedSource
 from emkum.stage2_train.losses import Losses, step_losses
@@ -48,7 +44,7 @@ from emkum.stage2_train.shared_mlp import AttentionMlp, SharedMlp, SharedMlpSpec
 from emkum.stage2_train.student import Student, StudentOut, StudentSpec, build_student, parameter_table
 from emkum.stage2_train.terms.build import Setting, make_terms
 from emkum.stage2_train.terms.term import Terms
-from emkum.stage2_train.train import TrainConfig, train
+from emkum.stage2_train.train import TrainConfig
 
 RECIPES = ("shre", "shre-transformer")
 
@@ -548,19 +544,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> TinyCache:
 
 
 def configured(cache: TinyCache, run_dir: Path, recipe: str, *overrides: str, **changes: Any) -> TrainConfig:
-    common = {"precision": "float32", "device": "cpu", "log_every": 1}
-    return TrainConfig(cache.path, recipe, (*SMALL, *overrides), run_dir, **{**common, **changes})
-
-
-def run(config: TrainConfig) -> list[str]:
-    lines: list[str] = []
-    train(config, say=lines.append)
-    return lines
-
-
-def logged(folder: Path, column: str = "loss") -> np.ndarray:
-    with (folder / "metrics.csv").open() as file:
-        return np.array([float(row[column]) for row in csv.DictReader(file) if row[column]])
+    return exact(cache, run_dir, recipe, *SMALL, *overrides, **changes)
 
 
 @pytest.mark.parametrize(
@@ -611,36 +595,18 @@ def test_classes_of_pictures_alone_are_validated_and_evaluated_as_trained(cache:
     assert loaded.info["score"]["value"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.fixture
-def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sends this process SIGINT while the given batch of the process, from 1, is computed."""
-
-    def plan(batch: int) -> None:
-        add, seen = losses.Journal.add, [0]
-
-        def counting(self: losses.Journal, parts: Any) -> None:
-            seen[0] += 1
-            if seen[0] == batch:
-                os.kill(os.getpid(), signal.SIGINT)
-            add(self, parts)
-
-        monkeypatch.setattr(losses.Journal, "add", counting)
-
-    return plan
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("stop", [3, 6])
 def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(
-    cache: TinyCache, tmp_path: Path, signal_at: Callable[[int], None], recipe: str, stop: int
+    cache: TinyCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, stop: int
 ) -> None:
     parts = ("training.accumulate=2", "objectives.ranking.layers=all")
     run(configured(cache, tmp_path / "whole", recipe, *parts))
     config = configured(cache, tmp_path / "run", recipe, *parts)
-    signal_at(stop)
+    signal_at(stop, monkeypatch)
     with pytest.raises(Interrupted):
         run(config)
-    signal_at(-1)
+    signal_at(-1, monkeypatch)
     run(replace(config, recipe=None, overrides=(), resume=True))
     whole, ours = (read_checkpoint(RunFolder(tmp_path / name).last) for name in ("whole", "run"))
     assert whole["global_step"] == ours["global_step"]

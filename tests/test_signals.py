@@ -18,7 +18,7 @@ from emkum.shards.reader import Cache
 from emkum.shards.store import LocalStore
 from emkum.shards.verify import verify
 from tests.conftest import TORTURE_MINUTES
-from tests.extraction import Extraction, claims, make_pictures, save_teacher, temporaries
+from tests.extraction import ROOT, Extraction, claims, make_pictures, save_teacher, temporaries
 
 GRACE_SECONDS = 20  # until it must have ended
 LINE = r"emkum: Interrupted: stopped by {}; what was committed is kept \| the same command continues"
@@ -209,22 +209,106 @@ def test_a_second_signal_ends_at_once_and_costs_no_block(
     assert temporaries(cache) == []
 
 
-def test_a_signal_of_which_a_library_makes_an_error_of_its_own_is_still_a_signal() -> None:
-    """A library that is half imported when the signal comes may fail in any way: it is no bug, and no full disk."""
-    code = """
-import os, signal, sys
+# Where a signal meets what is not emkum's. The command is `app`; `send` sends the signal, and it is delivered there.
+MEETING = """
+import os, signal, sys, time
 import emkum.cli
-def half_imported(*args, **kwargs):
-    try:
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.sigtimedwait([], 5)
-    except BaseException:
-        raise {error}
-emkum.cli.app = half_imported
+def send():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+{app}
+emkum.cli.app = app
 sys.argv = ["emkum", "teachers"]
 emkum.cli.main()
 """
-    for error in ("RecursionError('maximum recursion depth exceeded')", "OSError('gone')"):
-        ended = subprocess.run([sys.executable, "-c", code.format(error=error)], capture_output=True, text=True)
-        assert ended.returncode == 75, ended.stderr
-        assert re.fullmatch(LINE.format("SIGTERM"), ended.stderr.strip())
+WORK = "end = time.monotonic() + 60\n    while time.monotonic() < end:\n        time.sleep(0.01)"
+
+
+def meeting(app: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    code = MEETING.format(app=app.replace("WORK", WORK)).format(**more)
+    command, path = [sys.executable, "-c", code], f"{folder}:{ROOT}"
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=GRACE_SECONDS)
+
+
+def assert_interrupted(ended: subprocess.CompletedProcess[str]) -> None:
+    assert ended.returncode == 75, (ended.returncode, ended.stderr)
+    assert re.fullmatch(LINE.format("SIGTERM"), ended.stderr.strip())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "RecursionError('maximum recursion depth exceeded')",
+        "OSError('gone')",
+        "emkum.errors.CorruptCache('a network holds no tensors', 'repair it')",
+    ],
+)
+def test_a_signal_of_which_a_library_makes_an_error_of_its_own_is_still_a_signal(error: str, tmp_path: Path) -> None:
+    """A library may fail of it in any way: it is no bug, no full disk, no damage."""
+    app = """
+def app(*args, **kwargs):
+    try:
+        send()
+    except BaseException:
+        raise {error}
+"""
+    assert_interrupted(meeting(app, tmp_path, error=error))
+
+
+def test_a_signal_that_a_library_swallows_is_raised_again(tmp_path: Path) -> None:
+    app = """
+def app(*args, **kwargs):
+    for _ in range(3):
+        try:
+            send() if _ == 0 else time.sleep(10)
+        except BaseException:
+            print("swallowed")
+    WORK
+"""
+    ended = meeting(app, tmp_path)
+    assert_interrupted(ended)
+    assert ended.stdout == "swallowed\n" * 3
+
+
+def test_a_signal_is_raised_once_while_what_it_stopped_is_put_in_order(tmp_path: Path) -> None:
+    app = """
+def app(*args, **kwargs):
+    try:
+        send()
+    finally:
+        time.sleep(1)
+        print("in order")
+"""
+    ended = meeting(app, tmp_path)
+    assert_interrupted(ended)
+    assert ended.stdout == "in order\n"
+
+
+def test_a_signal_in_a_destructor_is_raised_behind_it(tmp_path: Path) -> None:
+    app = """
+class Dying:
+    def __del__(self):
+        send()
+def app(*args, **kwargs):
+    Dying()
+    WORK
+"""
+    assert_interrupted(meeting(app, tmp_path))
+
+
+def test_a_signal_waits_for_the_end_of_an_import(tmp_path: Path) -> None:
+    """Half imported, C++ libraries abort, and others are broken for whatever is still to be put in order."""
+    (tmp_path / "half.py").write_text("import __main__\n__main__.send()\n__main__.time.sleep(0.5)\nprint('whole')\n")
+    app = """
+def app(*args, **kwargs):
+    import half
+    WORK
+"""
+    ended = meeting(app, tmp_path)
+    assert_interrupted(ended)
+    assert ended.stdout == "whole\n"
+
+
+def test_a_signal_beside_the_command_itself_is_one_too(tmp_path: Path) -> None:
+    assert_interrupted(meeting("app = None\nemkum.cli.run = lambda arguments: send()", tmp_path))

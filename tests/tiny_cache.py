@@ -13,7 +13,7 @@ import torch
 
 from emkum.models import targets
 from emkum.models.backbone import Backbone, BackboneSpec
-from emkum.models.network import Network, network_files, normalise, weights_digest
+from emkum.models.network import Network, network_files, normalise, save_network, weights_digest
 from emkum.models.preprocessing import Preprocessing
 from emkum.models.resnet import ResNet, ResNetSpec
 from emkum.shards.codec import encode
@@ -75,6 +75,13 @@ def tiny_classifier(name: str, seed: int = 2, classes: int = CLASSES) -> Network
     backbone.eval().requires_grad_(False)
     network = tiny_network(name, "image")
     return replace(network, family="resnet", backbone=backbone, weights_sha256=weights_digest(backbone))
+
+
+def save_networks(root: Path, networks: Mapping[str, Network]) -> Path:
+    """Each in a folder of its name here, under the digest of the weights it has now."""
+    for folder, network in networks.items():
+        save_network(replace(network, weights_sha256=weights_digest(network.backbone)), root / folder)
+    return root
 
 
 @dataclass(frozen=True)

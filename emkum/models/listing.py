@@ -40,7 +40,7 @@ HEADINGS: dict[Modality, str] = {
     "image": "pictures",
     "text": f"texts, of {MAX_TOKENS} tokens",
     "audio": "sound, a second of it",
-    "pair": "pairs, not extracted yet",
+    "pair": f"pairs, with texts of {MAX_TOKENS} tokens",
 }
 
 _COLOURS = {(IMAGENET_MEAN, IMAGENET_STD): "ImageNet", (CLIP_MEAN, CLIP_STD): "CLIP", (HALF, HALF): "0.5"}
@@ -57,7 +57,8 @@ _LEGEND = (
 class Listed:
     """An entry with what its family adds. bytes_per_sample: of each target it has, in float16.
 
-    Of a text they are those of `MAX_TOKENS` tokens; shorter ones take less. Of a sound, those of a second.
+    Of a text, alone or with a picture, they are those of `MAX_TOKENS` tokens; shorter ones take less. Of a sound, those
+    of a second.
     """
 
     entry: CatalogueEntry
@@ -132,9 +133,11 @@ def _listed(entry: CatalogueEntry, family: Family) -> Listed:
 
 
 def num_tokens(entry: CatalogueEntry) -> int:
-    """Tokens of a sample as `bytes_per_sample` counts it."""
+    """Tokens of a sample as `bytes_per_sample` counts it; of a pair those of its text, which alone are kept."""
     if entry.modality == "text":
         return min(MAX_TOKENS, entry.tokens)
+    if entry.modality == "pair":
+        return entry.tokens - 1 - (entry.size // entry.patch) ** 2
     return entry.tokens or _SOUND_TOKENS
 
 
@@ -239,23 +242,11 @@ def show(source: str) -> dict[str, Any]:
         if found.kind == "timm":
             known |= {"modality": "image", "whole": True}
     known |= {"supervision": learned.supervision or "as its function says", "reasons": dict(learned.words)}
-    if known.get("modality") == "pair":
-        known["refused"] = "extract keeps fields of pictures and of texts, not of pairs: name its towers, " + _towers(
-            source, known
-        )
     if not known.get("depth"):
         known.pop("layers_rule", None)
     if "refused" in known:
         return known
     return known | {"extract": _extract_line(source, known)}
-
-
-def _towers(source: str, known: dict[str, Any]) -> str:
-    """How to name the towers of a network of pairs."""
-    stem = source.removesuffix("#pair")
-    if known.get("source") and source in CATALOGUE:
-        stem = source.removesuffix("-pair")
-    return f"--teacher {stem} for pictures, --teacher '{stem}#text' for texts"
 
 
 def show_text(known: dict[str, Any]) -> str:
@@ -404,6 +395,8 @@ def _measures(family: Family, spec: Any, preprocessing: Preprocessing | None) ->
         tokens = (size // patch) ** 2 + int(getattr(spec, "num_prefix", 1))
     elif family.modality == "text":
         tokens = int(spec.max_positions - spec.position_offset)
+    elif family.modality == "pair":
+        tokens = (size // patch) ** 2 + 1 + min(MAX_TOKENS, int(spec.max_positions - spec.position_offset))
     entry = CatalogueEntry(
         name="",
         source="",
@@ -423,8 +416,7 @@ def _measures(family: Family, spec: Any, preprocessing: Preprocessing | None) ->
         "targets": [target for target in family.default_targets if classes or target != "logits"],
         "layers_rule": family.layers_rule,
     }
-    if family.modality != "pair":
-        found["bytes_per_sample"] = bytes_per_sample(entry, num_tokens(entry), family.layers_rule)
+    found["bytes_per_sample"] = bytes_per_sample(entry, num_tokens(entry), family.layers_rule)
     return found | seen
 
 

@@ -208,7 +208,8 @@ class MultiwaySpec:
     """The shape of a network of pairs: how it embeds pictures and texts, and how its blocks serve them.
 
     Of `image` and `text` the blocks must be of one shape. shared_attention, num_fused: as in MultiwayStackSpec; a
-    network that shares its attention shares its final norm too. JSON round trip by to_json and from_json.
+    network that shares its attention shares its final norm too. pooled: whose first token stands for the pair. JSON
+    round trip by to_json and from_json.
     """
 
     family: str
@@ -216,6 +217,7 @@ class MultiwaySpec:
     text: BackboneSpec
     shared_attention: bool = False
     num_fused: int = 0
+    pooled: Literal["image", "text"] = "image"
     modality: Literal["pair"] = "pair"
     kind: str = field(default="multiway", init=False)
 
@@ -323,6 +325,10 @@ class Multiway(nn.Module):
     def finish(self, tokens_BTD: Tensor, layout: Layout) -> Tensor:
         """The final norm, each modality's own where the network has two."""
         return _joined(norm(part) for norm, part in _routed(self.norms, tokens_BTD, layout.num_image))
+
+    def pool(self, final_BTD: Tensor, layout: Layout) -> Tensor:
+        """The token that stands for the pair, [B, D], of what `finish` gave."""
+        return final_BTD[:, 0 if self.spec.pooled == "image" else layout.num_image]
 
     def forward(self, images_BCHW: Tensor, ids_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
         """The final tokens_BTD of pairs: those of the picture, CLS in front, then those of the text."""

@@ -382,9 +382,10 @@ def check_rule(network: Network, rule: LayersRule) -> None:
             f"layers of {network.name}, which hears sounds, without CLS and registers: it has neither",
             "use prefix=keep",
         )
-    if rule.prefix == "drop" and network.modality == "text":
+    if rule.prefix == "drop" and network.modality in ("text", "pair"):
+        kept = "a text network" if network.modality == "text" else "of whose pairs the text is kept"
         raise UnsupportedNetwork(
-            f"layers of {network.name}, a text network, without CLS and registers: its CLS is a token like any other, "
+            f"layers of {network.name}, {kept}, without CLS and registers: its CLS is a token like any other, "
             "and stays at its position",
             "use prefix=keep",
         )

@@ -158,7 +158,7 @@ RULES = ("thesis", "data2vec", "data2vec2")
 
 
 def named_rule(name: str, modality: str, prenet: int = 0) -> LayersRule:
-    """A rule of `RULES` for a network of this modality with so many prenet blocks.
+    """A rule of `RULES` for a network of this modality with so many prenet blocks; pairs follow the rules of texts.
 
     thesis: the output of every block, instance norm, mean; for pictures layer norm at the end. All tokens.
     data2vec (arXiv:2202.03555): pictures: outputs of the last 6 blocks, layer norm, mean, layer norm, patches alone

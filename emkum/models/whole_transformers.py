@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -86,17 +87,9 @@ def outline(folder: Path, checkpoint: Checkpoint, classifier: bool) -> tuple[str
 
     Raises UnsupportedNetwork for what it refuses because of the type, the configuration or the preprocessor.
     """
-    import transformers
-
     raw, label = checkpoint.config, checkpoint.label
     with_logits = _has_logits(raw, classifier, label)
-    config = _config(folder, raw, label)
-    models: Any = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if with_logits else transformers.MODEL_MAPPING
-    made: Any = models.get(type(config), None)
-    made = made[0] if isinstance(made, list | tuple) else made
-    if made is None:
-        raise UnsupportedNetwork(f"{label}: {_version()} has no model for a config of {config.model_type!r}", _OWN)
-    modality = _modality(made, raw, label)
+    modality = _modality(_class_for(_config(folder, raw, label), with_logits, label), raw, label)
     outputs = ("cls", "logits") if with_logits else ("cls", "patches") if modality == "image" else ()
     return modality, outputs, read_preprocessing(folder, label) if modality == "image" else None
 
@@ -182,14 +175,20 @@ def _config(folder: Path, raw: Mapping[str, Any], label: str) -> Any:
 _OWN = "run the part you want in a function of your own: --teacher my_module:function"
 
 
-def _loaded(folder: Path, config: Any, with_logits: bool, label: str) -> Any:
+def _class_for(config: Any, with_logits: bool, label: str) -> Any:
+    """transformers' class of the trunk, or of the trunk with its classifier. Raises UnsupportedNetwork."""
     import transformers
 
-    mapping: Any = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if with_logits else transformers.MODEL_MAPPING
-    made: Any = mapping.get(type(config), None)
+    classes: Any = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if with_logits else transformers.MODEL_MAPPING
+    made: Any = classes.get(type(config), None)
     made = made[0] if isinstance(made, list | tuple) else made
     if made is None:
         raise UnsupportedNetwork(f"{label}: {_version()} has no model for a config of {config.model_type!r}", _OWN)
+    return made
+
+
+def _loaded(folder: Path, config: Any, with_logits: bool, label: str) -> Any:
+    made = _class_for(config, with_logits, label)
     try:
         with _quiet():
             model, told = made.from_pretrained(
@@ -197,11 +196,12 @@ def _loaded(folder: Path, config: Any, with_logits: bool, label: str) -> Any:
                 config=config,
                 dtype=torch.float32,
                 local_files_only=True,
+                weights_only=True,  # of pytorch_model.bin
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are told, and refused below
                 **_without_pooler(made),
             )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise UnsupportedNetwork(
             f"{label} cannot be read by {_version()} as {made.__name__}: {str(error).strip().splitlines()[0][:200]}",
             "check that the folder is whole",

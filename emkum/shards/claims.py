@@ -20,11 +20,13 @@ from pathlib import Path
 from types import TracebackType
 
 from emkum.errors import AnotherWriter, ClaimLost, StorageFailure
-from emkum.shards.layout import RECORDS, Space
-from emkum.shards.store import Store, read_small
+from emkum.shards.durable import missing_dirs, remove_empty_dirs
+from emkum.shards.layout import RECORDS, SPACES, Space
+from emkum.shards.store import Store, exists, read_small
 from emkum.shards.strict_json import loads
 
-CLAIMS = f"{RECORDS}/claims"
+_FOLDER = "claims"
+CLAIMS = f"{RECORDS}/{_FOLDER}"
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0  # without a heartbeat for so long, a holder counts as dead
 POLL_SECONDS = 0.5
@@ -78,6 +80,7 @@ class Claims:
         self._me = Holder(store.token, socket.gethostname(), pid, _started(pid) or 0, _place(), "")
         self._held: dict[str, Claim] = {}
         self._writer: str | None = None
+        self._made: list[Path] = []  # folders that came with the first claim, of a plan that came to nothing
         self._planning: Claim | None = None
         self._lock = threading.Lock()
         self._beating = threading.Lock()  # while heartbeats go out
@@ -92,9 +95,11 @@ class Claims:
 
         `check_planning` belongs before everything that is written meanwhile.
         join: work beside other writers, and wait for one that is planning. Else AnotherWriter is raised if there is
-        one, naming host, process and last heartbeat. Unfinished writes of dead processes are removed.
+        one, naming host, process and last heartbeat. Unfinished writes of dead processes are removed. Where there was
+        no cache, an error leaves none behind, and no folder, unless something was put into it.
         """
         claim, waiting = None, False
+        missing = missing_dirs(self.store.local / CLAIMS) if self.store.local is not None else []
         while claim is None:
             if not join:
                 self.require_alone()
@@ -106,6 +111,7 @@ class Claims:
                     say(f"another process is planning its work on {self.store.url}: waiting for it")
                 waiting = True
                 time.sleep(POLL_SECONDS)
+        is_new = not exists(self.store, "zarr.json")
         try:
             self._planning = claim
             if not join:
@@ -118,6 +124,11 @@ class Claims:
             living = {holder.token for holder, _ in self.writers(drop_dead=True)} | {self._me.token}
             self.store.sweep(living)
             yield
+        except BaseException:
+            if is_new and self._is_bare(claim):
+                self.store.remove("zarr.json")
+                self._made = missing
+            raise
         finally:
             self._planning = None
             claim.release()
@@ -126,6 +137,16 @@ class Claims:
         """Raises ClaimLost if this process is not planning any more: another took it for dead."""
         assert self._planning is not None
         self._planning.check()
+
+    def _is_bare(self, claim: Claim) -> bool:
+        """Whether the cache holds no more than its root and claims, while this process plans, alone."""
+        try:
+            self._check(claim)
+            found = {name for name in self.store.list("") if not name.startswith(".")}
+            bare = found <= {"zarr.json", RECORDS, "lost+found"} and set(self.store.list(RECORDS)) <= {_FOLDER}
+            return bare and not self.writers()
+        except (ClaimLost, StorageFailure):
+            return False
 
     def require_alone(self) -> None:
         """Raises AnotherWriter if another living process writes to, or plans to write to, the cache."""
@@ -140,7 +161,7 @@ class Claims:
         """The other living processes that write or plan, with the seconds since their last heartbeat."""
         found = {}
         for name in self.store.names(CLAIMS):
-            if re.fullmatch(r"writer-[0-9a-f]+\.json|(plan|(image|text)-[0-9]+-[0-9]+)\.[0-9]+\.json", name):
+            if re.fullmatch(r"writer-[0-9a-f]+\.json|plan\.[0-9]+\.json", name) or _BLOCK_CLAIM.fullmatch(name):
                 path = f"{CLAIMS}/{name}"
                 holder, seconds = self._holder(path)
                 if holder is None or holder.token == self._me.token:
@@ -330,9 +351,10 @@ class Claims:
         if self._writer is not None:
             with contextlib.suppress(StorageFailure):
                 self.store.remove(self._writer)
+        remove_empty_dirs(self._made)
 
 
-_BLOCK_CLAIM = re.compile(r"((?:image|text)-[0-9]{6,}-[0-9]+)\.[0-9]{1,9}\.json")
+_BLOCK_CLAIM = re.compile(rf"((?:{'|'.join(SPACES)})-[0-9]{{6,}}-[0-9]+)\.[0-9]{{1,9}}\.json")
 
 
 def block_key(space: Space, block: int, view: int) -> str:

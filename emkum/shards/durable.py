@@ -11,7 +11,7 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -67,6 +67,22 @@ def make_dir(folder: Path) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder)
     sync_dir(folder.parent)
+
+
+def missing_dirs(folder: Path) -> list[Path]:
+    """Those of the folder and its ancestors that `make_dir` would create, the innermost first."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    return missing
+
+
+def remove_empty_dirs(folders: Sequence[Path]) -> None:
+    """Removes them in this order, up to the first that holds something. Never raises."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            os.rmdir(folder)
 
 
 def temporary_path(path: Path, token: str) -> Path:

@@ -23,6 +23,7 @@ TEXT_TILE = 16  # positions (words, or frames of sound) in one inner chunk of a 
 RECORDS = "_emkum"
 ABSENT = 2**64 - 1  # offset and length of an absent chunk in a shard's index
 CROPS = re.compile(r"image/crops-(?P<size>[0-9]+)")  # the name of a field of crops, their side in pixels
+PAIRS = re.compile(r"teacher/[^/]+/pair/[^/]+")  # the name of a field of captions with their pictures
 
 Space = Literal["image", "text", "audio"]
 SPACES: tuple[Space, ...] = ("image", "text", "audio")

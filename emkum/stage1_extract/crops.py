@@ -9,6 +9,7 @@ from emkum.shards.layout import CROPS, FieldSpec
 from emkum.shards.ledger import field_record_paths, read_field_record
 from emkum.shards.reader import Cache, Field
 from emkum.shards.store import Store
+from emkum.stage1_extract.config import DEFAULT_SIZE, ExtractConfig
 
 
 def crops_spec(size: int) -> FieldSpec:
@@ -57,3 +58,50 @@ def require_crops(crops: Field, places: Collection[tuple[int, int]], store: Stor
             f"block {block} view {view}",
             f"finish them from the tars: {makes_them}",
         )
+
+
+def with_crops(config: ExtractConfig, store: Store, reads_pictures: bool = True) -> str:
+    """The command that writes the crops which this run is to read, beside its own fields.
+
+    reads_pictures: whether a network of the run reads pictures alone; else the command leaves room to name one.
+    """
+    size = config.size
+    if size is None:  # that of the cache's other fields of pictures
+        records = [read_field_record(store, path)["fingerprint"].get("size") for path in field_record_paths(store)]
+        sizes = {size for size in records if size is not None}
+        size = sizes.pop() if len(sizes) == 1 else None
+    words = [f"emkum extract --cache {store.url} --split {config.split} --data <tars>"]
+    words += [f"--teacher {teacher}" for teacher in config.teacher]
+    words += [f"--encoder {config.encoder}"] if config.encoder not in (None, "none") else []
+    words += [] if reads_pictures else ["--encoder <network>"]
+    words += ["--store-inputs crops"]
+    text_encoder = config.text_encoder or _text_encoder_of(store)
+    words += [f"--text-encoder {text_encoder}"] if text_encoder else []
+    words += [f"--targets {','.join(config.targets)}"] if config.targets else []
+    words += [f"--layers {config.layers}"] if config.layers else []
+    words += [f"--logits-top {config.logits_top}"] if config.logits_top else []
+    for flag, value, default in (
+        ("--name", config.name, None),
+        ("--storage", config.storage, ExtractConfig.storage),
+        ("--compute", config.compute, ExtractConfig.compute),
+        ("--max-tokens", config.max_tokens, ExtractConfig.max_tokens),
+    ):
+        words += [f"{flag} {value}"] if value != default else []
+    words += [f"--size {size}"] if size not in (None, DEFAULT_SIZE) else []
+    words += [f"--views {config.views}"] if config.views > 1 else []
+    return " ".join(words)
+
+
+def _text_encoder_of(store: Store) -> str:
+    """What `--text-encoder` takes to find the network whose token ids the cache has; "" for none or several.
+
+    A network of pairs, whose tokenizer may have made them, is no text encoder.
+    """
+    records = [read_field_record(store, path) for path in field_record_paths(store)]
+    found = [record for record in records if record["kind"] == "ids"]
+    if len(found) != 1:
+        return ""
+    source, name = str(found[0]["environment"].get("source", "")), str(found[0]["field"]).split("/")[1]
+    if any(str(record["field"]).startswith(f"teacher/{name}/pair/") for record in records):
+        return ""
+    return name if not source or source.startswith("pypi:") else source

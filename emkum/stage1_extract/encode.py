@@ -1,6 +1,6 @@
 """Network outputs -> stored numbers, rounded on the device, with range and error measured there.
 
-N rows, K of the logits kept.
+N rows, H height, W width, C colour, K of the logits kept.
 """
 
 from __future__ import annotations
@@ -84,6 +84,13 @@ def encode_crops(crops_NHWC: np.ndarray) -> Rows:
 def host_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory on the host that `device` copies to and from while both go on working."""
     return torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def stacked_crops(crops: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """uint8 [N, H, W, 3] on the host, ready to be copied to `device` without waiting."""
+    crops_NHWC = host_buffer((len(crops), *crops[0].shape), torch.uint8, device)
+    np.stack(crops, out=crops_NHWC.numpy())
+    return crops_NHWC
 
 
 def for_device(array: np.ndarray, device: torch.device) -> Tensor:

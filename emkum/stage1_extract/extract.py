@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,12 +19,12 @@ from emkum.models.tokenizer import text_ids
 from emkum.shards.claims import Claims
 from emkum.shards.codec import Encoded, encode, summarise
 from emkum.shards.layout import Space
-from emkum.shards.segments import read_captions
 from emkum.shards.shard_files import cores
 from emkum.stage1_extract import statistics as int8_statistics
+from emkum.stage1_extract.captions import CaptionBatch, CaptionStream, pair_inputs, text_inputs
 from emkum.stage1_extract.claimed import ClaimedBlocks
 from emkum.stage1_extract.config import ExtractConfig
-from emkum.stage1_extract.encode import Output, Rows, encode_crops, encode_outputs, for_device, host_buffer
+from emkum.stage1_extract.encode import Output, Rows, encode_crops, encode_outputs, for_device, stacked_crops
 from emkum.stage1_extract.pictures import Batch, PictureStream, picture_source
 from emkum.stage1_extract.plan import Plan, Survey, Task, make_plan, require_room, survey
 from emkum.stage1_extract.probe import check_committed
@@ -156,6 +157,19 @@ def _of(plan: Plan, tasks: Sequence[Task], space: Space) -> list[Task]:
 
 # A batch is started (queued on the device) and finished (waited for) apart: the device has the next one by then.
 Started = Callable[[], Finished]
+B = TypeVar("B")  # a batch of pictures, captions or sounds
+
+
+def _started(batches: Iterator[B], start: Callable[[B], Started], progress: Progress) -> Iterator[Started]:
+    """Each batch, started once it is decoded."""
+    while True:
+        with progress.waiting("decode"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        with progress.waiting("forward"):
+            started = start(batch)
+        yield started
 
 
 def _hand_over(batches: Iterator[Started], writing: Writing, progress: Progress, bad: Quarantine) -> None:
@@ -185,25 +199,10 @@ def _extract_pictures(plan: Plan, tasks: Iterable[Task], writing: Writing, progr
     source = picture_source(plan)
     stream = PictureStream(plan.store, tasks, source, config.batch_size, config.threads or default_threads())
     try:
-        _hand_over(_started_pictures(plan, iter(stream), statistics, progress), writing, progress, bad)
+        batches = _started(iter(stream), lambda batch: _start_pictures(plan, batch, statistics), progress)
+        _hand_over(batches, writing, progress, bad)
     finally:
         stream.close()
-
-
-def _started_pictures(
-    plan: Plan,
-    batches: Iterator[Batch],
-    statistics: dict[str, tuple[torch.Tensor, torch.Tensor]],
-    progress: Progress,
-) -> Iterator[Started]:
-    while True:
-        with progress.waiting("decode"):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        with progress.waiting("forward"):
-            started = _start_pictures(plan, batch, statistics)
-        yield started
 
 
 def _start_pictures(plan: Plan, batch: Batch, statistics: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Started:
@@ -216,8 +215,7 @@ def _start_pictures(plan: Plan, batch: Batch, statistics: dict[str, tuple[torch.
         return lambda: Finished(batch.task, samples, bad, {}, batch.last)
     names = [row.picture.name for row in good]
     device = torch.device("cpu") if plan.image_pass is None else plan.image_pass.device
-    crops_NHWC = host_buffer((len(crops), *crops[0].shape), torch.uint8, device)
-    np.stack(crops, out=crops_NHWC.numpy())
+    crops_NHWC = stacked_crops(crops, device)
     wanted = _wanted(plan, batch.task)
     said = {}
     if plan.image_pass is not None and wanted:
@@ -241,70 +239,116 @@ def _start_pictures(plan: Plan, batch: Batch, statistics: dict[str, tuple[torch.
     return lambda: Finished(batch.task, samples, bad, exact | encoded(), batch.last)
 
 
-def _wanted(plan: Plan, task: Task) -> list[Wanted]:
-    """The outputs that the task's missing fields need."""
-    return [field.wanted for name in task.fields if (field := plan.fields[name]).wanted is not None]
+def _wanted(plan: Plan, task: Task, of_pairs: bool = False) -> list[Wanted]:
+    """The outputs that the task's missing fields need: those of pairs, or the others."""
+    fields = [plan.fields[name] for name in task.fields]
+    return [field.wanted for field in fields if field.wanted is not None and field.is_of_pairs == of_pairs]
 
 
 def _extract_captions(plan: Plan, tasks: Iterable[Task], writing: Writing, progress: Progress, bad: Quarantine) -> None:
-    _hand_over(_started_captions(plan, tasks, int8_statistics.on_devices(plan), progress), writing, progress, bad)
+    statistics = int8_statistics.on_devices(plan)
+    threads = plan.config.threads or default_threads()
+    source = None if plan.pair_pass is None else picture_source(plan)
 
+    def needs_pictures(task: Task) -> bool:
+        return any(plan.fields[name].is_of_pairs for name in task.fields)
 
-def _started_captions(
-    plan: Plan,
-    tasks: Iterable[Task],
-    statistics: dict[str, tuple[torch.Tensor, torch.Tensor]],
-    progress: Progress,
-) -> Iterator[Started]:
-    segment, table = None, None
-    for task in tasks:
-        if task.segment is not segment:
-            segment, table = task.segment, read_captions(plan.store, task.segment)
-        assert table is not None
-        rows = table.slice(task.first_row - task.segment.text.first_row, task.rows)
-        captions = rows["caption"].to_pylist()
-        samples = list(zip(rows["tar"].to_pylist(), rows["key"].to_pylist(), strict=True))
-        for first in range(0, task.rows, plan.config.batch_size):
-            here = slice(first, first + plan.config.batch_size)
-            with progress.waiting("forward"):
-                started = _start_captions(plan, task, captions[here], samples[here], here.stop >= task.rows, statistics)
-            yield started
+    stream = CaptionStream(plan.store, tasks, plan.config.batch_size, source, needs_pictures, threads)
+    try:
+        batches = _started(iter(stream), lambda batch: _start_captions(plan, batch, statistics), progress)
+        _hand_over(batches, writing, progress, bad)
+    finally:
+        stream.close()
 
 
 def _start_captions(
-    plan: Plan,
-    task: Task,
-    captions: Sequence[str],
-    samples: Sequence[tuple[str, str]],
-    last: bool,
-    statistics: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    plan: Plan, batch: CaptionBatch, statistics: dict[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> Started:
+    """Every field's rows; those of pairs where the caption's picture could be decoded."""
+    task = batch.task
     assert plan.tokenizer is not None
-    ids, length = text_ids(plan.tokenizer, captions, plan.config.max_tokens)
+    ids, length = text_ids(plan.tokenizer, batch.texts, plan.config.max_tokens)
     exact: dict[str, Rows] = {}
     for name in task.fields:
         if plan.fields[name].wanted is None:
             real = np.arange(ids.shape[1]) < length[:, None]
             stored = Encoded(np.where(real, ids, 0), None, length, summarise(ids[real].astype(np.float32)))
             exact[name] = Rows(stored, {})
-    wanted = _wanted(plan, task)
+    outputs = _text_outputs(plan, batch, ids, length, statistics)
+    place, of_pairs = _pair_outputs(plan, batch, ids, length, statistics)
+    encoded = encode_outputs([*outputs, *of_pairs], plan.config.on_nonfinite)
+
+    def finish() -> Finished:
+        rows = encoded()
+        for name in (output.field for output in of_pairs):
+            unfit = {place[i]: reason for i, reason in rows[name].refused.items()}
+            rows[name] = replace(rows[name], refused=batch.unpaired | unfit)
+        return Finished(task, batch.samples, {}, exact | rows, batch.last)
+
+    return finish
+
+
+def _text_outputs(
+    plan: Plan,
+    batch: CaptionBatch,
+    ids: np.ndarray,
+    length: np.ndarray,
+    statistics: dict[str, tuple[torch.Tensor, torch.Tensor]],
+) -> list[Output]:
+    """What the text networks say of the batch."""
+    wanted = _wanted(plan, batch.task)
     if plan.text_pass is None or not wanted:
-        return lambda: Finished(task, samples, {}, exact, last)
-    longest = int(length.max())
-    device = plan.text_pass.device
-    ids_NL, mask_NL = for_device(ids[:, :longest], device), for_device(np.arange(longest) < length[:, None], device)
-    said = plan.text_pass.texts(ids_NL, mask_NL, wanted)
-    keys = [f"{tar}/{key}" for tar, key in samples]
+        return []
+    inputs = text_inputs(ids, length, plan.text_pass.device)
+    said = dict(zip(wanted, plan.text_pass.texts(*inputs, wanted), strict=True))
+    names = [f"{tar}/{key}" for tar, key in batch.samples]
+    return [
+        _caption_output(plan, name, said[want], names, length, statistics)
+        for name in batch.task.fields
+        if (want := plan.fields[name].wanted) is not None and not plan.fields[name].is_of_pairs
+    ]
+
+
+def _pair_outputs(
+    plan: Plan,
+    batch: CaptionBatch,
+    ids: np.ndarray,
+    length: np.ndarray,
+    statistics: dict[str, tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[list[int], list[Output]]:
+    """The captions whose picture could be decoded, by their place in the batch, and what networks of pairs say of them.
+
+    Also of none of them, if it comes to that: the fields' rows are then empty.
+    """
+    wanted = _wanted(plan, batch.task, of_pairs=True)
+    if plan.pair_pass is None or not wanted:
+        return [], []
+    place = [i for i, _ in batch.paired]
+    device = plan.pair_pass.device
+    inputs = pair_inputs(batch, ids, length, device)
+    said = [] if inputs is None else plan.pair_pass.pairs(*inputs, wanted)
+    names = [f"{tar}/{key}" for tar, key in (batch.samples[i] for i in place)]
     outputs = []
-    for name in task.fields:
-        field = plan.fields[name]
-        if field.wanted is not None:
-            values = said[wanted.index(field.wanted)]
-            if field.spec.is_ragged:
-                values = torch.nn.functional.pad(values, (0, 0, 0, plan.config.max_tokens - longest))
-            outputs.append(Output(name, values, field.spec.storage, keys, statistics.get(name), length))
-    encoded = encode_outputs(outputs, plan.config.on_nonfinite)
-    return lambda: Finished(task, samples, {}, exact | encoded(), last)
+    for name in batch.task.fields:
+        spec, want = plan.fields[name].spec, plan.fields[name].wanted
+        if want is not None and plan.fields[name].is_of_pairs:
+            values = said[wanted.index(want)] if said else torch.empty(0, *spec.row_shape, device=device)
+            outputs.append(_caption_output(plan, name, values, names, length[place], statistics))
+    return place, outputs
+
+
+def _caption_output(
+    plan: Plan,
+    name: str,
+    values: torch.Tensor,
+    names: Sequence[str],
+    length: np.ndarray,
+    statistics: dict[str, tuple[torch.Tensor, torch.Tensor]],
+) -> Output:
+    spec = plan.fields[name].spec
+    if spec.is_ragged:
+        values = torch.nn.functional.pad(values, (0, 0, 0, plan.config.max_tokens - values.shape[1]))
+    return Output(name, values, spec.storage, names, statistics.get(name), length)
 
 
 def _extract_sounds(plan: Plan, tasks: Iterable[Task], writing: Writing, progress: Progress, bad: Quarantine) -> int:
@@ -312,30 +356,18 @@ def _extract_sounds(plan: Plan, tasks: Iterable[Task], writing: Writing, progres
     statistics = int8_statistics.on_devices(plan)
     threads = plan.config.threads or default_threads()
     stream = SoundStream(plan.store, tasks, ears_of(plan), plan.config.batch_size, threads)
-    cut = [0]
+    cut = 0
+
+    def start(batch: SoundBatch) -> Started:
+        nonlocal cut
+        cut += sum(row.sound is not None and row.sound.was_cut for row in batch.rows)
+        return _start_sounds(plan, batch, statistics)
+
     try:
-        _hand_over(_started_sounds(plan, iter(stream), statistics, progress, cut), writing, progress, bad)
+        _hand_over(_started(iter(stream), start, progress), writing, progress, bad)
     finally:
         stream.close()
-    return cut[0]
-
-
-def _started_sounds(
-    plan: Plan,
-    batches: Iterator[SoundBatch],
-    statistics: dict[str, tuple[torch.Tensor, torch.Tensor]],
-    progress: Progress,
-    cut: list[int],
-) -> Iterator[Started]:
-    while True:
-        with progress.waiting("decode"):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        cut[0] += sum(row.sound is not None and row.sound.was_cut for row in batch.rows)
-        with progress.waiting("forward"):
-            started = _start_sounds(plan, batch, statistics)
-        yield started
+    return cut
 
 
 def _start_sounds(plan: Plan, batch: SoundBatch, statistics: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Started:

@@ -1,10 +1,10 @@
-"""The fields an extraction fills: what of which network they keep, and what they must agree with in the cache."""
+"""The fields an extraction fills: what of which network they keep, and how it is computed."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from dataclasses import fields as fields_of
 from typing import Any
 
@@ -20,6 +20,7 @@ from emkum.models.audio_pass import AUDIO_OUTPUTS, AUDIO_TARGETS, AudioPass
 from emkum.models.backbone import Backbone, TextEmbedding
 from emkum.models.families.registry import CATALOGUE, family_named
 from emkum.models.network import Network
+from emkum.models.pair_pass import PAIR_TARGETS, PairPass, multiway, pair_output
 from emkum.models.passes import (
     TARGETS,
     FrozenPass,
@@ -29,11 +30,12 @@ from emkum.models.passes import (
     num_classes,
     rule_of,
 )
-from emkum.models.targets import LayersRule, named_rule, recorded_rule, rule_as_text
+from emkum.models.targets import LayersRule, named_rule
 from emkum.models.tokenizer import differing as differing_tokenizers
 from emkum.models.whole import WholeNetwork
-from emkum.shards.fingerprint import Fingerprint, differing, require_same
+from emkum.shards.fingerprint import Fingerprint
 from emkum.shards.layout import (
+    PAIRS,
     TEXT_TILE,
     FieldSpec,
     Kind,
@@ -59,6 +61,11 @@ class PlannedField:
     fingerprint: Fingerprint
     wanted: Wanted | None  # None: boxes, crops and token ids, which no network computes
     environment: dict[str, Any]
+
+    @property
+    def is_of_pairs(self) -> bool:
+        """Whether a row is made of a caption and its picture."""
+        return PAIRS.fullmatch(self.spec.name) is not None
 
 
 def planned_fields(
@@ -98,16 +105,11 @@ def planned_fields(
                 decoder=decoder,
             )
             fields[name] = PlannedField(spec, fingerprint, want, _environment(network, device, want.what))
-    if has_captions and networks.tokenizer is not None and (networks.text_encoder or networks.text_teachers):
+    if has_captions and networks.tokenizer is not None:
         source = networks.tokenizer
         if source.tokenizer is None:
             raise UnsupportedNetwork(f"{source.name} comes without a tokenizer", "give a folder that has one")
-        longest = _longest(source)
-        if config.max_tokens > longest:
-            raise UsageError(
-                f"--max-tokens {config.max_tokens}, and {source.name} has {longest} positions",
-                f"give at most {longest // TEXT_TILE * TEXT_TILE}",
-            )
+        _require_positions(config, source)
         tokenizer_digest = hashlib.sha256(source.tokenizer).hexdigest()
         ids = FieldSpec(f"text/{source.name}/ids", "ids", "int32", (config.max_tokens,))
         fields[ids.name] = PlannedField(
@@ -125,14 +127,7 @@ def planned_fields(
             outputs = text_pass.texts(torch.zeros(1, config.max_tokens, dtype=torch.int64), mask)
             for (want, (name, kind)), output in zip(wanted.items(), outputs, strict=True):
                 network = text_pass.networks[want.network]
-                if network.tokenizer is None:
-                    raise UnsupportedNetwork(f"{network.name} comes without a tokenizer", "give a folder that has one")
-                if keys := differing_tokenizers(network.tokenizer, source.tokenizer):
-                    raise UsageError(
-                        f"teacher {network.name} and text encoder {source.name} have different tokenizers: they differ "
-                        f"in {', '.join(keys)}",
-                        "use a teacher and a --text-encoder with the same tokenizer, or --text-encoder none",
-                    )
+                _require_same_tokenizer(network, source)
                 spec = _spec(config, name, kind, want, output)
                 fingerprint = Fingerprint(
                     **_common(spec, network, want, text_pass.compute),
@@ -141,6 +136,47 @@ def planned_fields(
                 )
                 fields[name] = PlannedField(spec, fingerprint, want, _environment(network, device, want.what))
     return fields, image_pass, text_pass
+
+
+def planned_pairs(
+    config: ExtractConfig, networks: Networks, device: torch.device, writer: CacheWriter, crops: Field | None
+) -> tuple[dict[str, PlannedField], PairPass | None]:
+    teachers, source = unique(networks.pair_teachers), networks.tokenizer
+    if not teachers or source is None:
+        return {}, None
+    wanted: dict[Wanted, tuple[str, Kind]] = {}
+    for teacher in teachers:
+        _require_same_tokenizer(teacher, source)
+        _require_positions(config, teacher)
+        multiway(teacher).image.grid(config.side, config.side)  # raises UsageError unless its patches fill the crops
+        targets = [target for target in _targets(config, teacher) if target in PAIR_TARGETS]
+        if not targets:
+            raise UsageError(
+                f"--targets {','.join(config.targets)} of {teacher.name}, which reads a caption with its picture",
+                f"choose from {', '.join(PAIR_TARGETS)}",
+            )
+        for target in targets:
+            kind: Kind = "text_pooled" if target in ("cls", "mean") else "ragged"
+            wanted[_wanted_of(config, teacher, target)] = (f"teacher/{teacher.name}/pair/{target}", kind)
+    pair_pass = PairPass(teachers, list(wanted), _compute(config, device, writer, wanted), device)
+    fields = {}
+    assert source.tokenizer is not None
+    for want, (name, kind) in wanted.items():
+        network = pair_pass.networks[want.network]
+        shape = (network.width,) if kind == "text_pooled" else (config.max_tokens, network.width)
+        spec = FieldSpec(name, kind, config.storage, shape)
+        assert network.preprocessing is not None
+        fingerprint = Fingerprint(
+            **_common(spec, network, want, pair_pass.compute),
+            size=config.side,
+            mean=network.preprocessing.mean,
+            std=network.preprocessing.std,
+            decoder=DECODER if crops is None else crops.fingerprint["decoder"],
+            tokenizer=hashlib.sha256(source.tokenizer).hexdigest(),
+            max_tokens=config.max_tokens,
+        )
+        fields[name] = PlannedField(spec, fingerprint, want, _environment(network, device))
+    return fields, pair_pass
 
 
 def planned_sounds(
@@ -280,10 +316,36 @@ def _targets(config: ExtractConfig, teacher: Network) -> list[str]:
     return ["logits-top" if target == "logits" else target for target in chosen]
 
 
+def _require_same_tokenizer(teacher: Network, source: Network) -> None:
+    """Raises unless the teacher reads the ids that `source` makes."""
+    for network in (teacher, source):
+        if network.tokenizer is None:
+            raise UnsupportedNetwork(f"{network.name} comes without a tokenizer", "give a folder that has one")
+    assert teacher.tokenizer is not None
+    assert source.tokenizer is not None
+    if keys := differing_tokenizers(teacher.tokenizer, source.tokenizer):
+        raise UsageError(
+            f"teacher {teacher.name} and text encoder {source.name} have different tokenizers: they differ "
+            f"in {', '.join(keys)}",
+            "use a teacher and a --text-encoder with the same tokenizer, or --text-encoder none",
+        )
+
+
+def _require_positions(config: ExtractConfig, network: Network) -> None:
+    longest = _longest(network)
+    if config.max_tokens > longest:
+        raise UsageError(
+            f"--max-tokens {config.max_tokens}, and {network.name} has {longest} positions",
+            f"give at most {longest // TEXT_TILE * TEXT_TILE}",
+        )
+
+
 def _longest(network: Network) -> int:
     """The most tokens of a text that the network has positions for."""
     if isinstance(network.backbone, WholeNetwork):
         return network.backbone.spec.max_tokens
+    if network.modality == "pair":
+        return multiway(network).text.max_tokens
     assert isinstance(network.backbone, Backbone)
     assert isinstance(network.backbone.embedding, TextEmbedding)
     return network.backbone.embedding.max_tokens
@@ -315,6 +377,8 @@ def _common(spec: FieldSpec, network: Network, want: Wanted, compute: str) -> di
         "logits": "classifier logits",
         "top_logits": f"the {want.top} largest classifier logits, log-sum-exp of the others",
     } | (AUDIO_OUTPUTS if network.modality == "audio" else {})
+    if network.modality == "pair":
+        outputs[want.what] = pair_output(network, want)
     exact = want.what in ("logits", "top_logits") and compute != "float32" and _has_exact_logits(network)
     # A field without an entry has the rule of the thesis: so had all, before there were others.
     other_rule = want.rule if want.rule != named_rule("thesis", network.modality) else None
@@ -325,13 +389,13 @@ def _common(spec: FieldSpec, network: Network, want: Wanted, compute: str) -> di
         "weights": network.weights_sha256,
         "family": network.family,
         "architecture": hashlib.sha256(canonical_json(network.backbone.spec.to_json())).hexdigest(),
-        "output": outputs[want.what] + (_EXACT if exact else ""),
+        "output": outputs[want.what] + (EXACT if exact else ""),
         "compute": compute,
         "layers": other_rule.to_json() if other_rule else None,
     }
 
 
-_EXACT = ", float32 head"
+EXACT = ", float32 head"
 
 
 def _has_exact_logits(network: Network) -> bool:
@@ -369,52 +433,3 @@ def _compute(config: ExtractConfig, device: torch.device, writer: CacheWriter, w
         if record is not None and record["fingerprint"].get("compute"):
             return str(record["fingerprint"]["compute"])
     return good_compute(device)
-
-
-def check_record(writer: CacheWriter, field: PlannedField) -> None:
-    """Refuses a field that the cache holds with another fingerprint, before anything is changed."""
-    record = writer.field_record(field.spec.name)
-    if record is not None:
-        cached = record["fingerprint"]
-        asked = replace(field.fingerprint, statistics=cached.get("statistics"))
-        require_same(field.spec.name, cached, asked, writer.store.url, _way_back(field.spec, cached, asked))
-
-
-_BESIDE = "give the teacher another name with --name, or write to another folder with --cache"
-
-
-def _way_back(spec: FieldSpec, cached: dict[str, Any], asked: Fingerprint) -> str:
-    """The flag that goes on with a field which differs from this run's in that alone; "" where there is none."""
-    keys = set(differing(cached, asked.to_json()))
-    if not keys or not keys <= {"layers", "output", "row_shape"}:
-        return ""
-    if "layers" in keys:
-        modality = spec.name.split("/")[2]
-        return (
-            f"go on with the rule of the cache: --layers {rule_as_text(recorded_rule(cached, modality), modality)}; "
-            f"or {_BESIDE}"
-        )
-    if spec.kind == "top_logits" and "row_shape" in keys:
-        return f"go on with as many as the cache has: --logits-top {cached['row_shape'][0] - 1}; or {_BESIDE}"
-    if asked.output == f"{cached.get('output')}{_EXACT}":
-        return f"they were rounded to {asked.compute} by emkum 0.2 and are not any more: {_BESIDE}"
-    return ""
-
-
-def new_defaults(writer: CacheWriter, fields: dict[str, PlannedField], new: Collection[str]) -> list[str]:
-    """A line for every target that nobody named and that is new beside others of the same network: defaults change."""
-    lines = []
-    for name, field in fields.items():
-        before = name.rpartition("/")[0]
-        if name not in new or field.wanted is None or field.wanted.what in ("tokens", "top_logits"):
-            continue
-        others = {other: writer.field_record(f"{before}/{other}") for other in TARGETS}
-        weights = field.fingerprint.weights
-        there = [o for o, record in others.items() if record and record["fingerprint"].get("weights") == weights]
-        if there:
-            now = [other.rpartition("/")[2] for other in fields if other.startswith(f"{before}/")]
-            lines.append(
-                f"new field {name} beside {', '.join(there)}: the default targets of {field.wanted.network} are now "
-                f"{', '.join(now)}; --targets {','.join(there)} goes on with what is there"
-            )
-    return lines

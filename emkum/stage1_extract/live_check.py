@@ -27,11 +27,12 @@ from emkum.errors import (
 from emkum.models.audio_pass import AudioPass
 from emkum.models.catalogue import load_network
 from emkum.models.network import Network
+from emkum.models.pair_pass import PairPass
 from emkum.models.passes import TARGETS, FrozenPass, Wanted, chosen_device, wanted_target
 from emkum.models.tokenizer import differing as differing_tokenizers
 from emkum.shards.audit import printable
 from emkum.shards.fingerprint import differences
-from emkum.shards.layout import FORMAT, canonical_json
+from emkum.shards.layout import FORMAT, PAIRS, canonical_json
 from emkum.shards.reader import Cache, Field
 from emkum.shards.sounds import DECODER as SOUND_DECODER
 from emkum.shards.sounds import require_decoder
@@ -39,7 +40,7 @@ from emkum.shards.store import Store
 from emkum.shards.tars import find_tars
 from emkum.shards.views import DECODER
 from emkum.stage1_extract.crops import crops_spec
-from emkum.stage1_extract.probe import (
+from emkum.stage1_extract.recompute import (
     MIN_COSINE,
     Compared,
     Place,
@@ -52,7 +53,7 @@ from emkum.stage1_extract.probe import (
 
 DECODE_THREADS = 4
 _FIELD = re.compile(
-    r"image/(?P<encoder>.+)@(?P<cut>[0-9]+)/tokens|teacher/(?P<teacher>.+)/(?:image|text|audio)/(?P<target>[a-z-]+)"
+    r"image/(?P<encoder>.+)@(?P<cut>[0-9]+)/tokens|teacher/(?P<teacher>.+)/(?:image|text|pair|audio)/(?P<target>[a-z-]+)"
 )
 Progress = Callable[[int, int], None]  # rows computed so far, of all
 
@@ -266,19 +267,26 @@ def _works(cache: Cache, fields: Mapping[str, Network], device: Any) -> list[Wor
     groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     for name in fields:
         field, keys = cache.field(name), ("compute", "size", "tokenizer", "max_tokens", "max_seconds")
-        groups[field.space, *(field.fingerprint.get(key) for key in keys)].append(name)
+        reads = "pair" if PAIRS.fullmatch(name) else field.space
+        groups[reads, *(field.fingerprint.get(key) for key in keys)].append(name)
     works = []
-    for (space, compute, size, tokenizer, max_tokens, max_seconds), names in groups.items():
+    for (reads, compute, size, tokenizer, max_tokens, max_seconds), names in groups.items():
         networks = {fields[name].name: fields[name] for name in names}
         wanted: dict[str, Wanted | None] = {name: _wanted(cache.field(name), fields[name]) for name in names}
         outputs = list(dict.fromkeys(want for want in wanted.values() if want is not None))
-        if space == "audio":
+        if reads == "audio":
             require_decoder()
             sounds = AudioPass(list(networks.values()), outputs, compute, device)
             works.append(Work("audio", wanted, None, {}, audio_pass=sounds, max_seconds=max_seconds))
             continue
+        if reads == "pair":
+            pairs = PairPass(list(networks.values()), outputs, compute, device)
+            content, kept = _tokenizer(cache, tokenizer, networks.values()), cache.fields.get(crops_spec(size).name)
+            read = {"tokenizer": content, "max_tokens": max_tokens, "size": size, "kept": kept}
+            works.append(Work("text", wanted, None, {}, **read, pair_pass=pairs))
+            continue
         frozen = FrozenPass(list(networks.values()), outputs, compute, device)
-        if space == "image":
+        if reads == "image":
             policies = {segment.views.name for segment in cache.segments if segment.image.rows}
             boxes = [f"views/{policy}/boxes" for policy in sorted(policies)]
             crops = crops_spec(size).name
@@ -318,7 +326,7 @@ def _kept_tokenizer(cache: Cache, digest: str) -> bytes | None:
 
 def _with_tars(cache: Cache, work: Work, data: Sequence[str], absent: set[str]) -> Work:
     """The work with the places of the tars; adds to `absent` those that lie nowhere."""
-    if work.space == "text":
+    if not work.reads_tars:
         return work
     given = {os.path.basename(path): path for path in find_tars(data)} if data else {}
     paths = {}

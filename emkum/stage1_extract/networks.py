@@ -17,12 +17,10 @@ from emkum.errors import (
 )
 from emkum.models.backbone import Modality
 from emkum.models.catalogue import load_network
-from emkum.models.families.registry import CATALOGUE
 from emkum.models.network import Network, network_files
 from emkum.models.passes import (
     num_prenet,
 )
-from emkum.models.sources import read_source
 from emkum.models.whole import WholeNetwork
 from emkum.shards.layout import (
     check_cache_name,
@@ -45,14 +43,18 @@ class Networks:
 
     @property
     def tokenizer(self) -> Network | None:
-        """The text network whose tokenizer makes the ids."""
+        """The network whose tokenizer makes the ids."""
         if self.text_encoder is not None:
             return self.text_encoder
-        return next((t for t in self.teachers if t.modality == "text"), None)
+        return next(iter([*self.text_teachers, *self.pair_teachers]), None)
 
     @property
     def text_teachers(self) -> list[Network]:
         return [t for t in self.teachers if t.modality == "text"]
+
+    @property
+    def pair_teachers(self) -> list[Network]:
+        return [t for t in self.teachers if t.modality == "pair"]
 
     @property
     def audio_teachers(self) -> list[Network]:
@@ -68,11 +70,8 @@ def load_networks(config: ExtractConfig) -> Networks:
 
     def load(source: str, name: str | None = None) -> Network:
         if source not in loaded:
-            entry = read_source(source).entry
-            _refuse_pairs(source, entry.modality if entry else None)  # before gigabytes of it are fetched
             loaded[source] = load_network(source, name=name)
             config.guard.check_loaded(source, loaded[source].supervision, loaded[source].modality)
-            _refuse_pairs(source, loaded[source].modality)
             check_cache_name(loaded[source].name)
         return loaded[source]
 
@@ -80,32 +79,35 @@ def load_networks(config: ExtractConfig) -> Networks:
     encoder = load(config.encoder) if config.encoder and config.encoder != "none" else None
     if encoder is not None and encoder.modality != "image":
         raise UsageError(
-            f"--encoder {config.encoder} is a {encoder.modality} network", "give it as --text-encoder instead"
+            f"--encoder {config.encoder} is {_KINDS[encoder.modality]}",
+            "give it as --text-encoder instead"
+            if encoder.modality == "text"
+            else "give a network that reads pictures, for example dinov2-s; this one can be the teacher",
         )
     text_encoder = None
     if config.text_encoder and config.text_encoder != "none":
         text_encoder = load(config.text_encoder)
         if text_encoder.modality != "text":
             raise UsageError(
-                f"--text-encoder {config.text_encoder} is an {text_encoder.modality} network",
+                f"--text-encoder {config.text_encoder} is {_KINDS[text_encoder.modality]}",
                 "give a text network, for example bert-base or minilm",
             )
     return Networks(encoder, text_encoder, teachers)
 
 
-def _refuse_pairs(source: str, modality: Modality | None) -> None:
-    if modality == "pair":
-        towers = source.removesuffix("-pair") if source in CATALOGUE else source.removesuffix("#pair")
-        raise UsageError(
-            f"{source} takes a picture with its caption; extract keeps fields of pictures and fields of texts",
-            f"name its towers: --teacher {towers} for pictures, --teacher '{towers}#text' for texts",
-        )
+_KINDS: dict[Modality, str] = {
+    "image": "an image network",
+    "text": "a text network",
+    "audio": "an audio network",
+    "pair": "a network of pairs",
+}
 
 
 def completed(networks: Networks, config: ExtractConfig, has_pictures: bool, has_captions: bool) -> Networks:
     """Fills in the encoders that were not named: the first teacher of the modality, or bert-base for captions.
 
-    From crops neither: the cache holds the student's inputs. But a text teacher needs its own ids.
+    From crops neither: the cache holds the student's inputs. But a text teacher needs its own ids. A teacher of pairs
+    completes neither: ids are made with its tokenizer.
     """
     encoder, text_encoder = networks.encoder, networks.text_encoder
     wants_inputs = config.encoder != "none" and not config.from_crops
@@ -138,7 +140,7 @@ def completed(networks: Networks, config: ExtractConfig, has_pictures: bool, has
                     "name the student's --text-encoder, with the same tokenizer, or --text-encoder none to keep "
                     "targets only",
                 )
-        elif encoder is not None and not config.from_crops:  # the ids lie there already
+        elif encoder is not None and not config.from_crops and not networks.pair_teachers:  # the ids lie there already
             text_encoder = _default_text_encoder()
     if networks.image_teachers and not has_pictures:
         raise NoData(
@@ -150,7 +152,24 @@ def completed(networks: Networks, config: ExtractConfig, has_pictures: bool, has
             f"teacher {networks.text_teachers[0].name} reads captions and the data has none",
             "give tars with txt members, or json members with `captions` or `caption`",
         )
+    for teacher in networks.pair_teachers:
+        if not has_pictures or not has_captions:
+            kind, lacking = (MissingCaptions, "captions") if has_pictures else (NoData, "pictures")
+            raise kind(
+                f"teacher {teacher.name} reads captions with their pictures and the data has no {lacking}",
+                "give tars whose samples hold a picture and a caption; see docs/data.md",
+            )
     return Networks(encoder if has_pictures else None, text_encoder if has_captions else None, networks.teachers)
+
+
+def require_pairs(networks: Networks, has_pairs: bool) -> None:
+    """Raises NoData if there are teachers of pairs, and no caption has a picture."""
+    if networks.pair_teachers and not has_pairs:
+        raise NoData(
+            f"teacher {networks.pair_teachers[0].name} reads captions with their pictures; in the data no sample has "
+            "both",
+            "give a picture and its captions the same key; see docs/data.md",
+        )
 
 
 def require_sounds(networks: Networks, config: ExtractConfig, has_sounds: bool) -> None:

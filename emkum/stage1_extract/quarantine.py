@@ -7,6 +7,7 @@ import time
 from emkum.errors import TooManyBadSamples
 from emkum.shards.layout import SPACES, Space, receipt_path
 from emkum.shards.ledger import Receipt, read_receipt, receipt_names
+from emkum.stage1_extract.captions import NO_PICTURE
 from emkum.stage1_extract.plan import Plan, Task
 from emkum.stage1_extract.writing import Finished
 
@@ -17,7 +18,8 @@ WORDS: dict[Space, str] = {"image": "pictures", "text": "captions", "audio": "so
 class Quarantine:
     """What no field of a run, or not every field, can hold: by this process and by others, each space apart.
 
-    A row counts once, however many of its fields and views lack it.
+    A row counts once, however many of its fields and views lack it. Captions that fields of pairs lack because they
+    never had a picture are counted apart: they are no fault of the data.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -27,6 +29,7 @@ class Quarantine:
         self._totals = {space: sum(s.span(space).rows for s in plan.segments) for space in self.spaces}
         self._segments = {segment.number for segment in plan.segments}
         self._reasons: dict[Space, dict[int, str]] = {space: {} for space in self.spaces}
+        self._alone: set[int] = set()  # captions without a picture
         self._seen: set[str] = set()
         self._looked = time.monotonic()
         self._task: Task | None = None
@@ -44,6 +47,11 @@ class Quarantine:
     def count(self, space: Space) -> int:
         return len(self._reasons[space])
 
+    @property
+    def without_picture(self) -> int:
+        """Captions that no field of pairs of the run holds because they have no picture."""
+        return len(self._alone)
+
     def total(self, space: Space) -> int:
         return self._totals[space]
 
@@ -59,7 +67,9 @@ class Quarantine:
         reasons = dict(finished.bad)
         good = [i for i in range(len(finished.samples)) if i not in finished.bad]
         for name, rows in finished.encoded.items():
-            reasons |= {good[i]: f"{name}: {reason}" for i, reason in rows.refused.items()}
+            self._alone |= {self._row + good[i] for i, reason in rows.refused.items() if reason == NO_PICTURE}
+            refused = {i: reason for i, reason in rows.refused.items() if reason != NO_PICTURE}
+            reasons |= {good[i]: f"{name}: {reason}" for i, reason in refused.items()}
         known = self._reasons[self._space(task)]
         for i, reason in sorted(reasons.items()):
             known.setdefault(self._row + i, "/".join(finished.samples[i]) + f": {reason}")
@@ -75,8 +85,10 @@ class Quarantine:
         self._seen.add(receipt_path(receipt.field, receipt.block, receipt.view))
         if receipt.segment in self._segments:
             known = self._reasons[self._plan.fields[receipt.field].spec.space]
+            self._alone |= {q.row for q in receipt.quarantined if q.reason == NO_PICTURE}
             for q in receipt.quarantined:
-                known.setdefault(q.row, f"{q.tar}/{q.key}: {q.reason}")
+                if q.reason != NO_PICTURE:
+                    known.setdefault(q.row, f"{q.tar}/{q.key}: {q.reason}")
 
     def finish(self) -> None:
         """Counts everything that other processes have left out as well. Raises TooManyBadSamples as `check` does."""

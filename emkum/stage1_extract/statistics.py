@@ -6,18 +6,19 @@ N rows, D channels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from emkum.errors import NonFiniteFeature, TooManyBadSamples
-from emkum.models.passes import FrozenPass
+from emkum.models.passes import Wanted
 from emkum.models.tokenizer import text_ids
 from emkum.shards.layout import Space
 from emkum.shards.reader import read_statistic
 from emkum.shards.segments import Segment, read_captions
+from emkum.stage1_extract.captions import CaptionBatch, CaptionStream, pair_inputs, text_inputs
 from emkum.stage1_extract.pictures import PictureStream, picture_source
 from emkum.stage1_extract.plan import Plan, Task
 from emkum.stage1_extract.quarantine import WORDS
@@ -25,6 +26,7 @@ from emkum.stage1_extract.scans import ScanMemory
 from emkum.stage1_extract.sounds import SoundStream, ears_of, waves
 
 STATISTICS_ROWS = 512  # samples that mean and std are taken from, evenly spread over one segment
+PIECE = 16  # of them in a row
 OUTLIER = 1000.0  # times the median sample's largest |x|: what is above would take all levels from the others
 SPLIT = "train"
 Statistics = dict[str, tuple[np.ndarray, np.ndarray]]  # field -> mean, std: float32 [D]
@@ -43,17 +45,19 @@ def with_train_segments(plan: Plan, memory: ScanMemory, say: Callable[[str], Non
     """
     first: list[Segment] = []
     paths = dict(plan.paths)
-    for space in {plan.fields[name].spec.space for name in unmeasured(plan)}:
-        segment, found = _train_segment(plan, space, memory)
+    fields = [plan.fields[name] for name in unmeasured(plan)]
+    for space, of_pairs in sorted({(field.spec.space, field.is_of_pairs) for field in fields}):
+        segment, found = _train_segment(plan, space, memory, of_pairs)
         if segment is not None:
             first.append(segment)
             paths |= found
         elif plan.config.split != SPLIT:
-            what = WORDS[space]
+            what = "pairs" if of_pairs else WORDS[space]
             say(f"int8 statistics of {what} come from split {plan.config.split}: no segment of {SPLIT} is at hand")
     if not first:
         return plan
-    return replace(plan, segments=(*sorted(first, key=_number), *plan.segments), paths=paths)
+    before = sorted({segment.number: segment for segment in first}.values(), key=_number)
+    return replace(plan, segments=(*before, *plan.segments), paths=paths)
 
 
 def measure(plan: Plan, names: Sequence[str], threads: int) -> Statistics:
@@ -65,6 +69,7 @@ def measure(plan: Plan, names: Sequence[str], threads: int) -> Statistics:
     moments = {name: _Moments(name, plan.config.on_nonfinite == "stop") for name in names}
     _measure_pictures(plan, moments, threads)
     _measure_captions(plan, moments)
+    _measure_pairs(plan, moments, threads)
     _measure_sounds(plan, moments, threads)
     return {name: found.mean_std() for name, found in moments.items()}
 
@@ -77,7 +82,8 @@ def on_devices(plan: Plan) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The recorded mean and std of int8 fields, on the device that computes them."""
     found = {}
     for name, field in plan.fields.items():
-        frozen = {"image": plan.image_pass, "text": plan.text_pass, "audio": plan.audio_pass}[field.spec.space]
+        passes = {"image": plan.image_pass, "text": plan.text_pass, "audio": plan.audio_pass}
+        frozen = plan.pair_pass if field.is_of_pairs else passes[field.spec.space]
         record = plan.writer.field_record(name)
         if field.spec.storage == "int8" and frozen is not None and record is not None:
             mean, std = (np.array(read_statistic(plan.store, record, which)) for which in ("mean", "std"))
@@ -88,15 +94,19 @@ def on_devices(plan: Plan) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 # --- which rows ------------------------------------------------------------------------------------------
 
 
-def _train_segment(plan: Plan, space: Space, memory: ScanMemory) -> tuple[Segment | None, dict[str, str]]:
+def _train_segment(
+    plan: Plan, space: Space, memory: ScanMemory, of_pairs: bool
+) -> tuple[Segment | None, dict[str, str]]:
     """The first segment of SPLIT with rows of this space that can be read now, and where its tars lie, if they do."""
     for segment in plan.writer.segments:
         if segment.split != SPLIT or not segment.span(space).rows:
             continue
-        if space == "text":  # captions lie in the cache
+        if space == "text" and not of_pairs:  # captions lie in the cache
             return segment, {}
-        if plan.crops is not None and space == "image":
-            if _has_pictures(plan, segment):
+        if of_pairs and not len(_paired_rows(plan, segment)):
+            continue
+        if plan.crops is not None and space != "audio":
+            if _has_pairs(plan, segment) if of_pairs else _has_pictures(plan, segment):
                 return segment, {}
             continue
         paths = {s.tar: plan.paths.get(s.tar, s.path) for s in segment.sources}
@@ -119,6 +129,15 @@ def _has_pictures(plan: Plan, segment: Segment) -> bool:
     return all((block, 0) in plan.crops.receipts for block in segment.image.blocks(plan.writer.rows_per_block))
 
 
+def _has_pairs(plan: Plan, segment: Segment) -> bool:
+    """Whether there are captions with a picture, and all of these can be read now."""
+    image_rows = read_captions(plan.store, segment)["image_row"].drop_null().to_numpy()
+    if plan.crops is None:
+        return bool(len(image_rows)) and _has_pictures(plan, segment)
+    blocks = np.unique(image_rows // plan.writer.rows_per_block).tolist()
+    return bool(blocks) and all((block, 0) in plan.crops.receipts for block in blocks)
+
+
 def _is_at_hand(plan: Plan, segment: Segment, space: Space) -> bool:
     if space == "audio":
         return all(source.tar in plan.paths for source in segment.sources)
@@ -130,18 +149,37 @@ def _number(segment: Segment) -> int:
 
 
 def _sampled(plan: Plan, names: Sequence[str], space: Space) -> list[Task]:
-    """Small tasks of 16 rows, evenly spread, that together hold about STATISTICS_ROWS rows of one segment."""
+    """Small tasks of PIECE rows, evenly spread, that together hold about STATISTICS_ROWS rows of one segment."""
     here = tuple(name for name in names if plan.fields[name].spec.space == space)
     if not here:
         return []
     segment = next(s for s in plan.segments if s.span(space).rows and (space == "text" or _is_at_hand(plan, s, space)))
     span = segment.span(space)
-    pieces = max(1, min(STATISTICS_ROWS, span.rows) // 16)
-    starts = np.linspace(0, max(span.rows - 16, 0), pieces).astype(int)
+    pieces = max(1, min(STATISTICS_ROWS, span.rows) // PIECE)
+    starts = np.linspace(0, max(span.rows - PIECE, 0), pieces).astype(int)
     return [
-        Task(segment, 0, 0, here, span.first_row + int(start), min(16, span.rows - int(start)))
+        Task(segment, 0, 0, here, span.first_row + int(start), min(PIECE, span.rows - int(start)))
         for start in dict.fromkeys(starts.tolist())
     ]
+
+
+def _sampled_pairs(plan: Plan, names: tuple[str, ...]) -> list[Task]:
+    """As `_sampled`, with PIECE captions that have a picture in each task, and whatever lies between them."""
+    segment = next(s for s in plan.segments if s.text.rows and _has_pairs(plan, s))
+    rows = _paired_rows(plan, segment)
+    pieces = max(1, min(STATISTICS_ROWS, len(rows)) // PIECE)
+    starts = np.unique(np.linspace(0, max(len(rows) - PIECE, 0), pieces).astype(int))
+    ends = rows[np.minimum(starts + PIECE, len(rows)) - 1] + 1
+    return [
+        Task(segment, 0, 0, names, first, end - first)
+        for first, end in zip(rows[starts].tolist(), ends.tolist(), strict=True)
+    ]
+
+
+def _paired_rows(plan: Plan, segment: Segment) -> np.ndarray:
+    """int64, ascending: the segment's captions that have a picture."""
+    has_picture = read_captions(plan.store, segment)["image_row"].is_valid().to_numpy()
+    return segment.text.first_row + np.flatnonzero(has_picture)
 
 
 # --- what the networks say of them -----------------------------------------------------------------------
@@ -160,23 +198,43 @@ def _measure_pictures(plan: Plan, moments: dict[str, _Moments], threads: int) ->
             if good:
                 crops = torch.from_numpy(np.stack([row.crop for row in good if row.crop is not None]))
                 names = [row.picture.name for row in good]
-                _add_moments(plan, plan.image_pass, plan.image_pass.pictures(crops), moments, names, None)
+                of_pictures = {name: one for name, one in moments.items() if plan.fields[name].spec.space == "image"}
+                outputs = plan.image_pass.pictures(crops)
+                _add_moments(plan, plan.image_pass.wanted, outputs, of_pictures, names, None)
     finally:
         stream.close()
 
 
 def _measure_captions(plan: Plan, moments: dict[str, _Moments]) -> None:
-    tasks = _sampled(plan, list(moments), "text")
-    table = read_captions(plan.store, tasks[0].segment) if tasks else None
-    for task in tasks:
-        assert table is not None
+    here = {name: found for name, found in moments.items() if not plan.fields[name].is_of_pairs}
+    for batch in CaptionStream(plan.store, _sampled(plan, list(here), "text"), PIECE):
         assert plan.text_pass is not None
-        assert plan.tokenizer is not None
-        rows = table.slice(task.first_row - task.segment.text.first_row, task.rows)
-        ids, length = text_ids(plan.tokenizer, rows["caption"].to_pylist(), plan.config.max_tokens)
-        mask = torch.from_numpy(np.arange(ids.shape[1]) < length[:, None])
-        names = [f"{tar}/{key}" for tar, key in zip(rows["tar"].to_pylist(), rows["key"].to_pylist(), strict=True)]
-        _add_moments(plan, plan.text_pass, plan.text_pass.texts(torch.from_numpy(ids), mask), moments, names, mask)
+        ids, mask = text_inputs(*_ids_of(plan, batch), plan.text_pass.device)
+        names = [f"{tar}/{key}" for tar, key in batch.samples]
+        _add_moments(plan, plan.text_pass.wanted, plan.text_pass.texts(ids, mask), here, names, mask)
+
+
+def _measure_pairs(plan: Plan, moments: dict[str, _Moments], threads: int) -> None:
+    here = {name: found for name, found in moments.items() if plan.fields[name].is_of_pairs}
+    if not here:
+        return
+    assert plan.pair_pass is not None
+    tasks = _sampled_pairs(plan, tuple(here))
+    stream = CaptionStream(plan.store, tasks, PIECE, picture_source(plan), threads=threads)
+    try:
+        for batch in stream:
+            inputs = pair_inputs(batch, *_ids_of(plan, batch), plan.pair_pass.device)
+            if inputs is not None:
+                names = [f"{tar}/{key}" for tar, key in (batch.samples[i] for i, _ in batch.paired)]
+                outputs = plan.pair_pass.pairs(*inputs)
+                _add_moments(plan, plan.pair_pass.wanted, outputs, here, names, inputs[-1])
+    finally:
+        stream.close()
+
+
+def _ids_of(plan: Plan, batch: CaptionBatch) -> tuple[np.ndarray, np.ndarray]:
+    assert plan.tokenizer is not None
+    return text_ids(plan.tokenizer, batch.texts, plan.config.max_tokens)
 
 
 def _measure_sounds(plan: Plan, moments: dict[str, _Moments], threads: int) -> None:
@@ -207,17 +265,17 @@ def _measure_sounds(plan: Plan, moments: dict[str, _Moments], threads: int) -> N
 
 def _add_moments(
     plan: Plan,
-    frozen: FrozenPass,
+    wanted: Iterable[Wanted],
     outputs: Sequence[torch.Tensor],
     moments: dict[str, _Moments],
     samples: Sequence[str],
     mask: torch.Tensor | None,
 ) -> None:
-    by_want = dict(zip(frozen.wanted, outputs, strict=True))
+    by_want = dict(zip(wanted, outputs, strict=True))
     for name, found in moments.items():
-        wanted = plan.fields[name].wanted
-        if wanted in by_want:
-            values = by_want[wanted]
+        want = plan.fields[name].wanted
+        if want in by_want:
+            values = by_want[want]
             ragged = mask is not None and values.ndim == 3
             found.add(values, samples, mask.to(values.device) if mask is not None and ragged else None)
 

@@ -118,6 +118,17 @@ def _expected_seconds(plan: Plan) -> float | None:
             plan.text_pass.texts(ids, torch.ones(batch, 16, dtype=torch.bool))[0].cpu()
             seconds += (time.perf_counter() - started) * rows / batch
             known = True
+    if plan.pair_pass is not None:
+        of_pairs = {name for name, field in plan.fields.items() if field.is_of_pairs}
+        rows = sum(task.rows for task in plan.tasks if of_pairs & set(task.fields))
+        if rows > 8 * batch:
+            crops = torch.zeros(batch, plan.config.side, plan.config.side, 3, dtype=torch.uint8)
+            ids, mask = torch.zeros(batch, 16, dtype=torch.int64), torch.ones(batch, 16, dtype=torch.bool)
+            plan.pair_pass.pairs(crops[:1], ids[:1], mask[:1])[0].cpu()
+            started = time.perf_counter()
+            plan.pair_pass.pairs(crops, ids, mask)[0].cpu()
+            seconds += (time.perf_counter() - started) * rows / batch
+            known = True
     return seconds if known and plan.audio_pass is None else None  # how long sounds last is not known
 
 
@@ -202,10 +213,12 @@ def closing_lines(plan: Plan, bad: Quarantine, result: ExtractResult) -> list[st
     rate = result.rows / result.seconds if result.seconds else 0.0
     lines = [
         *(line for space in bad.spaces for line in _conservation(plan, bad, space)),
+        *([_alone_line(plan, bad)] if bad.without_picture else []),
         f"committed {result.blocks} blocks of rows, {readable_bytes(result.bytes)}, {result.rows:,} rows "
         f"in {duration(result.seconds)} ({rate:,.0f} rows/s)",
     ]
-    if plan.config.split == "train" and set(bad.spaces) != {"audio"}:  # no recipe trains on sounds
+    rest = [f for f in plan.fields.values() if f.spec.space != "audio" and f.spec.kind not in ("ids", "boxes")]
+    if plan.config.split == "train" and not all(f.is_of_pairs for f in rest):  # no recipe trains on sounds or on pairs
         lines.append(f"next: emkum train --cache {plan.config.cache}")
     return lines
 
@@ -225,6 +238,14 @@ def _conservation(plan: Plan, bad: Quarantine, space: Space) -> list[str]:
         *([f"and {more} more: emkum cache quarantine {plan.store.url}"] if more > 0 else []),
         f"seen {total + filtered:,} = {total - count:,} ok + {count} quarantined{left_out} ({WORDS[space]})",
     ]
+
+
+def _alone_line(plan: Plan, bad: Quarantine) -> str:
+    names = ", ".join(name for name, field in plan.fields.items() if field.is_of_pairs)
+    return (
+        f"{bad.without_picture:,} of {bad.total('text'):,} captions have no picture: no rows of {names}; "
+        "--max-bad does not count them"
+    )
 
 
 def duration(seconds: float) -> str:

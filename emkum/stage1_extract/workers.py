@@ -123,7 +123,7 @@ def _plan(config: ExtractConfig, say: Say, held: contextlib.ExitStack) -> Plan:
 
 def _without_networks(plan: Plan) -> Plan:
     """The plan of a process that computes nothing itself."""
-    return replace(plan, image_pass=None, text_pass=None, audio_pass=None, crops=None)
+    return replace(plan, image_pass=None, text_pass=None, audio_pass=None, pair_pass=None, crops=None)
 
 
 def _plan_apart(config: ExtractConfig, say: Say, held: contextlib.ExitStack) -> Plan:

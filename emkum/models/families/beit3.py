@@ -6,8 +6,11 @@ share nothing, so either is a plain Backbone, and pairs differ in that tokens at
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from emkum.errors import UnsupportedNetwork, WeightsUnavailable
 from emkum.models.backbone import BackboneSpec
@@ -18,6 +21,7 @@ from emkum.models.preprocessing import HALF, Preprocessing
 from emkum.models.sentencepieces import tokenizer_of
 
 Sources = dict[str, str | tuple[str, ...]]
+Changes = dict[str, Callable[[Tensor], Tensor]]
 FIRST_POSITION = 2  # row of the position tables that the first token uses, as fairseq's
 INSTEAD = "the file of the pre-training, such as beit3 in the catalogue"
 WAY = {"image": "A", "text": "B"}
@@ -47,24 +51,23 @@ def recognises_pair(shapes: Shapes) -> bool:
 def image_key_map(checkpoint: Checkpoint) -> KeyMap:
     """Refuses fine-tuned files; everything is inferred from the shapes."""
     _refuse_fine_tuned(checkpoint)
-    spec = _image_spec(checkpoint)
-    sources = _image_embedding("embedding.")
-    for i in range(spec.depth):
-        sources |= _attention(f"stack.blocks.{i}", i, "image") | _feed_forward(f"stack.blocks.{i}", i, "image")
-    sources |= _ends("norm", "encoder.layer_norm.A")
-    changes = {"embedding.positions": lambda table: table[FIRST_POSITION:]}
-    return KeyMap(spec, sources, (*_TEXT_ONLY, *_ALWAYS_DROPPED), changes, {"heads": spec.heads})
+    changes: Changes = {"embedding.positions": _positions_in_use}
+    return _tower_key_map(_image_spec(checkpoint), _image_embedding("embedding."), _TEXT_ONLY, changes)
 
 
 def text_key_map(checkpoint: Checkpoint) -> KeyMap:
     """As that of the picture's tower."""
     _refuse_fine_tuned(checkpoint)
-    spec = _text_spec(checkpoint)
-    sources = _text_embedding("embedding.")
+    return _tower_key_map(_text_spec(checkpoint), _text_embedding("embedding."), _IMAGE_ONLY, {})
+
+
+def _tower_key_map(spec: BackboneSpec, embedding: Sources, drop: tuple[str, ...], changes: Changes) -> KeyMap:
+    """drop: the tensors of the other tower."""
+    sources = embedding | _ends("norm", f"encoder.layer_norm.{WAY[spec.modality]}")
     for i in range(spec.depth):
-        sources |= _attention(f"stack.blocks.{i}", i, "text") | _feed_forward(f"stack.blocks.{i}", i, "text")
-    sources |= _ends("norm", "encoder.layer_norm.B")
-    return KeyMap(spec, sources, (*_IMAGE_ONLY, *_ALWAYS_DROPPED), inferred={"heads": spec.heads})
+        ours = f"stack.blocks.{i}"
+        sources |= _attention(ours, i, spec.modality) | _feed_forward(ours, i, spec.modality)
+    return KeyMap(spec, sources, (*drop, *_ALWAYS_DROPPED), changes, {"heads": spec.heads})
 
 
 def pair_key_map(checkpoint: Checkpoint) -> KeyMap:
@@ -78,8 +81,12 @@ def pair_key_map(checkpoint: Checkpoint) -> KeyMap:
             sources |= _feed_forward(f"stack.blocks.{i}.feed_forwards.{modality}", i, modality)
     for modality, way in WAY.items():
         sources |= _ends(f"norms.{modality}", f"encoder.layer_norm.{way}")
-    changes = {"image.positions": lambda table: table[FIRST_POSITION:]}
+    changes: Changes = {"image.positions": _positions_in_use}
     return KeyMap(spec, sources, _ALWAYS_DROPPED, changes, {"heads": spec.image.heads})
+
+
+def _positions_in_use(table: Tensor) -> Tensor:
+    return table[FIRST_POSITION:]
 
 
 def tokenizer(folder: Path) -> bytes:
@@ -255,6 +262,7 @@ FAMILIES = (
         recognises=recognises_pair,
         tokenizer=tokenizer,
         spec=MultiwaySpec,
+        default_targets=("cls", "layers"),
         entries=_entries("-pair", tokens=197 + 64, patch=16),
     ),
 )

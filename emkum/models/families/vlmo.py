@@ -51,32 +51,33 @@ def rename(name: str) -> str:
 def image_key_map(checkpoint: Checkpoint) -> KeyMap:
     """Refuses fine-tuned files; all but one number of heads is inferred from the shapes."""
     _refuse_fine_tuned(checkpoint)
-    spec = _image_spec(checkpoint)
-    sources, changes = _image_embedding("embedding.", spec)
-    for i in range(spec.depth):
-        ours = f"stack.blocks.{i}"
-        sources |= _attention(ours, i, spec) | _feed_forward(ours, i, "imag", spec)
-        if spec.relative_bias != "none":
-            sources[f"stack.biases.{i}.table"] = TABLE
-            changes[f"stack.biases.{i}.table"] = partial(image_table, layer=i, spec=spec)
-    sources |= _ends("norm", "transformer.norm")
-    return KeyMap(spec, sources, (*_OF_TEXT, *_OF_PAIRS, _HEADS, _INDICES), changes, _inferred(spec))
+    return _tower_key_map(_image_spec(checkpoint), "imag", _image_embedding, image_table, _OF_TEXT)
 
 
 def text_key_map(checkpoint: Checkpoint) -> KeyMap:
     """As that of the picture's tower."""
     _refuse_fine_tuned(checkpoint)
     spec = _text_spec(checkpoint)
-    sources, changes = _text_embedding("embedding.", spec)
+    return _tower_key_map(spec, "text", _text_embedding, text_table, (*_OF_IMAGE, *_unused_positions(spec)))
+
+
+def _tower_key_map(
+    spec: BackboneSpec,
+    expert: str,
+    embedding: Callable[[str, BackboneSpec], tuple[Sources, Changes]],
+    table: Callable[..., Tensor],
+    drop: tuple[str, ...],
+) -> KeyMap:
+    """table: the rows of a layer's table of positions; drop: the tensors of the other tower."""
+    sources, changes = embedding("embedding.", spec)
     for i in range(spec.depth):
         ours = f"stack.blocks.{i}"
-        sources |= _attention(ours, i, spec) | _feed_forward(ours, i, "text", spec)
+        sources |= _attention(ours, i, spec) | _feed_forward(ours, i, expert, spec)
         if spec.relative_bias != "none":
             sources[f"stack.biases.{i}.table"] = TABLE
-            changes[f"stack.biases.{i}.table"] = partial(text_table, layer=i, spec=spec)
+            changes[f"stack.biases.{i}.table"] = partial(table, layer=i, spec=spec)
     sources |= _ends("norm", "transformer.norm")
-    drop = (*_OF_IMAGE, *_OF_PAIRS, *_unused_positions(spec), _HEADS, _INDICES)
-    return KeyMap(spec, sources, drop, changes, _inferred(spec))
+    return KeyMap(spec, sources, (*drop, *_OF_PAIRS, _HEADS, _INDICES), changes, _inferred(spec))
 
 
 def pair_key_map(checkpoint: Checkpoint) -> KeyMap:
@@ -89,7 +90,8 @@ def pair_key_map(checkpoint: Checkpoint) -> KeyMap:
             f"{checkpoint.label} has no experts of pairs in its last blocks: it is of the training step before pairs",
             f"use {INSTEAD}",
         )
-    spec = MultiwaySpec("vlmo-pair", image, text, shared_attention=True, num_fused=len(fused))
+    # Texts stand in front of pictures in the original, so what its pooler reads is the text's [CLS].
+    spec = MultiwaySpec("vlmo-pair", image, text, shared_attention=True, num_fused=len(fused), pooled="text")
     sources, changes = _image_embedding("image.", image)
     text_sources, text_changes = _text_embedding("text.", text)
     sources, changes = sources | text_sources, changes | text_changes
@@ -345,6 +347,7 @@ FAMILIES = (
         preprocessing=Preprocessing(mean=HALF, std=HALF),
         recognises=recognises,
         spec=MultiwaySpec,
+        default_targets=("cls", "layers"),
         entries=_entries("-pair", tokens=197 + _PAIR_TEXT, patch=16),
     ),
 )
