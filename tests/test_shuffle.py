@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -392,7 +393,7 @@ def test_a_run_by_blocks_that_was_stopped_ends_as_if_it_never_had(
 
     def interrupt(keeper: RunKeeper, *arguments: Any) -> None:
         if keeper.loader.step == stop:
-            keeper.stop_signal = "SIGTERM"
+            keeper.stop_signal = signal.SIGTERM
         ended(keeper, *arguments)
 
     with monkeypatch.context() as patch:

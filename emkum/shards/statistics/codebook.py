@@ -1,8 +1,8 @@
-"""Codebooks: spherical k-means over all vectors (Dhillon and Modha 2001, "Concept decompositions for large sparse text
-data", doi:10.1023/A:1007612920971).
+"""Codebooks: spherical k-means over all vectors.
 
     code(x)  = argmax_j <x / |x|, c_j>          c_j <- S_j / |S_j|,  S_j = sum of x / |x| over the vectors of code j
 
+Source: Dhillon and Modha 2001, "Concept decompositions for large sparse text data" (doi:10.1023/A:1007612920971).
 The mean cosine of vectors and their codes never falls from pass to pass, but for codes that begin anew: a code without
 vectors takes the place of a vector that was far from its own code, and from the others that do so.
 """
