@@ -16,6 +16,7 @@ import typer
 
 from emkum import __version__, stopping
 from emkum.commands.ablate import ablate
+from emkum.commands.finetune import finetune
 from emkum.commands.places import cache_place as _place
 from emkum.commands.recipes import recipes_app
 from emkum.commands.runs import runs_app
@@ -41,6 +42,7 @@ app.add_typer(teachers_app, name="teachers")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(runs_app, name="runs")
 app.command("ablate")(ablate)
+app.command("finetune")(finetune)
 
 DEFAULT_CACHE = "./shards"
 OPEN_FILES = 16_384
@@ -361,7 +363,10 @@ def train(
     ] = False,
     data: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Where the source tars lie now, for --live. Default: where they were extracted from."),
+        typer.Option(
+            help="Where the source tars lie now, for --live, and for a student of pixels from a cache without crops. "
+            "Default: where they were extracted from."
+        ),
     ] = None,
     max_steps: Annotated[
         Optional[int],  # noqa: UP045

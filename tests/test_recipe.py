@@ -48,14 +48,14 @@ def message(error: pytest.ExceptionInfo[EmkumError]) -> str:
 
 def test_the_recipes_that_ship() -> None:
     """Those of THESIS.md section 3 and of its outline."""
-    own = {"cls-mse", "itc-only", "filip"}
+    own = {"cls-mse", "itc-only", "filip", "vit-kd", "finetune-retrieval"}
     assert set(shipped_recipes()) - own == {
         *("image-kd", "image-kd-early", "text-kd", "text-kd-frozen-attention"),
         *("shre", "shre-ddp", "shre-ranking", "shre-transformer"),
         *("ssmke", "ssmke-ctl", "ssmke-large", "heads", "tte-before", "tte-after", "tte-noscale", "uni2multi"),
         *("queue", "momentum-queue", "whole-cache-bank", "itm-random", "itm-hard", "cmli", "cmli-empty"),
         *("reduced", "codes-kmeans", "codes-vq", "dino", "mvlm", "distil-beit3", "no-itc", "regions", "freeze"),
-        *("vl-from-text", "positions-shared"),
+        *("vl-from-text", "positions-shared", "resnet-kd"),
     }
     assert load_recipe("ssmke-mse") == load_recipe("cls-mse")
     assert load_recipe("no-teacher") == load_recipe("itc-only")

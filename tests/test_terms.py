@@ -16,7 +16,8 @@ from emkum.models.targets import named_rule
 from emkum.stage2_train.loader import Batch
 from emkum.stage2_train.losses import Losses, see, step_losses
 from emkum.stage2_train.objectives.codes import codes_ce, nearest_codes
-from emkum.stage2_train.objectives.itc import itc
+from emkum.stage2_train.objectives.ctl import FifoBank, ctl
+from emkum.stage2_train.objectives.itc import itc, unit
 from emkum.stage2_train.objectives.masking import vocabulary
 from emkum.stage2_train.optimiser import parameter_groups
 from emkum.stage2_train.recipe import Recipe, load_recipe
@@ -24,6 +25,7 @@ from emkum.stage2_train.recipe_fields import FieldNames
 from emkum.stage2_train.student import Student, build_student
 from emkum.stage2_train.terms.build import Setting, make_terms
 from emkum.stage2_train.terms.codes import Codes, CodesVq, Dino, Reduced
+from emkum.stage2_train.terms.contrast import Ctl
 from emkum.stage2_train.terms.masked import BranchesTerm, Hidden, Mvlm
 from emkum.stage2_train.terms.match import Cmli, ItcQueue, Itm, TargetCmli
 from emkum.stage2_train.terms.term import Term, Terms
@@ -250,3 +252,25 @@ def test_masking_nothing_is_refused(tmp_path: Path) -> None:
     recipe = load_recipe("mvlm", [*SMALL, "objectives.mvlm.word_share=0"])
     with pytest.raises(UsageError, match="nothing is masked"):
         make_terms(Setting(recipe, built(recipe)))
+
+
+def test_near_duplicates_are_no_negatives_of_each_other() -> None:
+    """Rows 3 and 5 show nearly the same: with their groups known, neither is a candidate for the other."""
+    recipe = load_recipe("no-itc", SMALL)
+    student, batch = built(recipe), a_batch()
+    groups = torch.arange(9)
+    groups[5] = 3
+    assert recipe.objectives.ctl is not None
+    losses = {}
+    for name, known in (("unknown", None), ("known", groups)):
+        terms = Terms([Ctl(recipe.objectives.ctl, FifoBank(4, WIDTH), known)])
+        losses[name] = step_losses(student, terms, recipe, batch).parts
+        again = step_losses(student, terms, recipe, batch)  # with the bank filled
+        assert again.total.isfinite()
+        assert not any("groups" in key for key in terms.state_dict())
+    seen = see(student, frozenset(), batch, torch.Generator())
+    images, texts = (side.said("ctl") for side in seen.pair)
+    targets, rows = unit(batch.targets["cls"]), seen.rows_B
+    expected = ctl(images, texts, targets, groups[rows], torch.arange(BATCH), groups[rows], torch.tensor(2.659260037))
+    assert losses["known"]["ctl"].item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert losses["known"]["ctl"].item() < losses["unknown"]["ctl"].item()

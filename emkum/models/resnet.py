@@ -1,4 +1,4 @@
-"""ResNet (arXiv:1512.03385, version 1.5), the supervised convolutional teacher: a feature map, its mean, class logits.
+"""ResNet (arXiv:1512.03385, version 1.5), a convolutional classifier: a feature map, its mean, class logits.
 
 B batch, C channels, H height, W width, T tokens, D width of the last feature map.
 """
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from emkum.errors import UnsupportedNetwork
 from emkum.models.blocks import in_type_of
+
+MOMENTUM = 0.1  # of batch norm's statistics, as in torch and in the originals
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,11 @@ class ResNetSpec:
         return cls(**{**kept, "widths": tuple(found["widths"]), "depths": tuple(found["depths"])})
 
 
-class FrozenBatchNorm(nn.Module):
-    """Batch norm with the statistics of the training, which never change."""
+class BatchNorm(nn.Module):
+    """Batch norm. In evaluation mode, as frozen networks are, its statistics never change.
+
+    In training mode it normalises by the batch, and the statistics follow by MOMENTUM a batch (arXiv:1502.03167).
+    """
 
     running_mean: Tensor
     running_var: Tensor
@@ -86,7 +91,8 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(num_channels))
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        return F.batch_norm(features_BCHW, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-5)
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(features_BCHW, mean, var, self.weight, self.bias, self.training, MOMENTUM, eps=1e-5)
 
 
 class ConvNorm(nn.Module):
@@ -95,7 +101,7 @@ class ConvNorm(nn.Module):
     def __init__(self, num_in: int, num_out: int, size: int, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(num_in, num_out, size, stride, padding=size // 2, bias=False)
-        self.norm = FrozenBatchNorm(num_out)
+        self.norm = BatchNorm(num_out)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         normed_BCHW: Tensor = self.norm(self.conv(in_type_of(self.conv.weight, features_BCHW)))

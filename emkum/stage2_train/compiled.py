@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from emkum.models.quantise import decode_int8
+from emkum.models.resnet import ResNet
 
 if TYPE_CHECKING:
     from emkum.models.backbone import BlockStack
@@ -28,6 +29,8 @@ def compile_blocks(student: Student, device: torch.device, backend: str | Callab
     """
     if reason := why_not(device, backend):
         return reason
+    if isinstance(student.network, ResNet):
+        return "a ResNet has no blocks of one kind"
     import torch._dynamo.config
 
     torch._dynamo.config.recompile_limit = max(MOST_VERSIONS, torch._dynamo.config.recompile_limit)
@@ -37,6 +40,7 @@ def compile_blocks(student: Student, device: torch.device, backend: str | Callab
         (student.text_blocks, True),
         (student.shared_blocks, not only_pictures),
         (student.shared_mome, True),
+        (student.network.stack if student.network is not None else None, False),
     )
     for stack, lengths_vary in stacks:
         if stack is not None:

@@ -30,6 +30,7 @@ from emkum.stage2_train.samples import SampleTable
 if TYPE_CHECKING:
     from emkum.shards.reader import Cache, Field
     from emkum.stage2_train.recipe_fields import FieldNames
+    from emkum.stage2_train.replay import Replay
 
 LOOK_UP_SECONDS = 0.2  # how often a loader that waits looks up
 
@@ -74,7 +75,7 @@ class Batch:
 
     targets, by role (`recipe.target_roles`): [B, D] for pooled fields, [B, T, D] or [B, L, D] for token fields.
     layers_rules, by role: which layers of the teacher they are the mean of, where that is not the rule of the thesis.
-    top_logits: the logits are `models.targets.packed`.
+    top_logits: the logits are `models.targets.packed`. images_BCHW: of a student of pixels, in place of tokens_BTD.
     """
 
     image_rows_B: Tensor | None
@@ -85,9 +86,15 @@ class Batch:
     targets: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     layers_rules: Mapping[str, LayersRule] = dataclasses.field(default_factory=dict)
     top_logits: bool = False
+    images_BCHW: Tensor | None = None
+
+    @property
+    def pictures(self) -> Tensor | None:
+        """What the student reads of pictures: tokens_BTD, or images_BCHW."""
+        return self.tokens_BTD if self.images_BCHW is None else self.images_BCHW
 
     def __len__(self) -> int:
-        first = self.tokens_BTD if self.tokens_BTD is not None else self.ids_BL
+        first = self.pictures if self.pictures is not None else self.ids_BL
         assert first is not None
         return len(first)
 
@@ -160,7 +167,8 @@ class CachedSource:
     """Reads a recipe's fields from the cache. Pooled targets of the table's rows are held in RAM whole.
 
     prefix: for crops, a callable from uint8 crops [B, y, x, 3] on the device to tokens_BTD: the frozen network up to
-    the cut. threads: share the reading of each batch; 0: the calling thread reads alone. held_blocks: for an order of
+    the cut; of a student of pixels, to images_BCHW (pixels.py). replay: of such a student where the cache keeps no
+    crops. threads: share the reading of each batch; 0: the calling thread reads alone. held_blocks: for an order of
     whole blocks, how many of them are held in memory (mixing.blocks_held); 0: rows are read one by one.
     """
 
@@ -176,7 +184,11 @@ class CachedSource:
         *,
         threads: int = 0,
         held_blocks: int = 0,
+        replay: Replay | None = None,
     ) -> None:
+        self.replay, self.reads_pixels = replay, bool(names.crop_size)
+        if replay is not None:
+            self.batches_at_once = max(2, threads)  # each thread decodes the pictures of one
         self.inputs = cache.field(names.inputs) if names.inputs else None
         self.ids = cache.field(names.ids) if names.ids else None
         self.targets = {role: cache.field(name) for role, name in names.targets.items()}
@@ -212,10 +224,20 @@ class CachedSource:
         inputs = ids = lengths = None
         if self.inputs is not None and rows.image_rows_B is not None:
             inputs = self._read_stored(self.inputs, rows, "inputs", buffers)
+        elif self.replay is not None and rows.image_rows_B is not None:
+            inputs = self._replayed(self.replay, rows, buffers)
         if self.ids is not None and rows.text_rows_B is not None:
             ids, lengths = self._read_ids(rows.text_rows_B, buffers)
         targets = {role: self._read_targets(role, rows, lengths, buffers) for role in self.targets}
         return HostBatch(rows, inputs, ids, lengths, targets, buffers)
+
+    def _replayed(self, replay: Replay, rows: BatchRows, buffers: Buffers) -> Stored:
+        """The crops of a batch, cut out of the tars again."""
+        assert rows.image_rows_B is not None
+        assert rows.views_B is not None
+        crops = buffers.tensor("crops", (len(rows), replay.size, replay.size, 3), torch.uint8)
+        replay.fill(rows.image_rows_B, rows.views_B, crops.numpy())
+        return Stored(crops)
 
     def _read_ids(self, rows: np.ndarray, buffers: Buffers) -> tuple[Tensor, Tensor]:
         """int64 ids trimmed to the longest text of the batch, and the lengths."""
@@ -295,17 +317,20 @@ class CachedSource:
         """The batch on the device and decoded, but for crops, which stay what they are in place of tokens."""
         image_rows, views, ids, mask = self._common(host, device)
         tokens = None
-        if host.inputs is not None and self.inputs is not None:
-            is_crops = self.inputs.kind == "crops"
-            tokens = _to(host.inputs.values, device) if is_crops else self._decode(self.inputs, host.inputs, device)
+        if host.inputs is not None and (self.inputs is None or self.inputs.kind == "crops"):
+            tokens = _to(host.inputs.values, device)
+        elif host.inputs is not None and self.inputs is not None:
+            tokens = self._decode(self.inputs, host.inputs, device)
         targets = {role: self._decode(self.targets[role], stored, device) for role, stored in host.targets.items()}
         host.buffers.mark_copied(device)
         return Batch(image_rows, views, tokens, ids, mask, targets, self.layers_rules, self.top_logits)
 
     def _with_prefix(self, batch: Batch) -> Batch:
-        if batch.tokens_BTD is None or self.inputs is None or self.inputs.kind != "crops":
+        if batch.tokens_BTD is None or (self.inputs is not None and self.inputs.kind != "crops"):
             return batch
         assert self.prefix is not None
+        if self.reads_pixels:
+            return dataclasses.replace(batch, tokens_BTD=None, images_BCHW=self.prefix(batch.tokens_BTD))
         return dataclasses.replace(batch, tokens_BTD=self.prefix(batch.tokens_BTD))
 
     def _common(

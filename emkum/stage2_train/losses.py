@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from emkum.models import targets
 from emkum.models.targets import LayersRule
+from emkum.stage2_train.augment import augmented
 from emkum.stage2_train.loader import Batch
 from emkum.stage2_train.recipe import Recipe
 from emkum.stage2_train.student import Student, StudentOut
@@ -36,10 +37,16 @@ class Losses:
 
 
 def step_losses(student: Student, terms: Terms, recipe: Recipe, batch: Batch, chunk: int = 0, seed: int = 0) -> Losses:
-    """The losses of one batch; `chunk` as in `in_chunks`, `seed` that of the run, for terms that draw at random."""
-    seen = see(student, terms.needs, batch, terms.generator(seed), chunk)
+    """The losses of one batch; `chunk` as in `in_chunks`, `seed` that of the run, for what is drawn at random.
+
+    A student in training sees the batch augmented as the recipe says.
+    """
+    random = terms.generator(seed)
+    if student.training:
+        batch = augmented(batch, recipe, student, random)
+    seen = see(student, terms.needs, batch, random, chunk)
     parts: dict[str, Tensor] = {}
-    total = torch.zeros((), device=(batch.tokens_BTD if batch.tokens_BTD is not None else seen.mask_BL).device)
+    total = torch.zeros((), device=(batch.pictures if batch.pictures is not None else seen.mask_BL).device)
     for term in terms:
         found = term(seen)
         total = total + term.weight * found[""]
@@ -51,7 +58,7 @@ def step_losses(student: Student, terms: Terms, recipe: Recipe, batch: Batch, ch
 def see(student: Student, needs: frozenset[Need], batch: Batch, random: torch.Generator, chunk: int = 0) -> Seen:
     """The student's outputs that the terms need, of each side that the batch has."""
     images = texts = None
-    if batch.tokens_BTD is not None:
+    if batch.pictures is not None:
         assert student.spec.image is not None
         images = _side(
             student.encode_images,
@@ -59,7 +66,7 @@ def see(student: Student, needs: frozenset[Need], batch: Batch, random: torch.Ge
             students_rule(student, "layers", batch.layers_rules.get("layers")),
             student.spec.image.num_prefix,
             chunk,
-            batch.tokens_BTD,
+            batch.pictures,
         )
     if batch.ids_BL is not None:
         assert batch.mask_BL is not None

@@ -30,11 +30,14 @@ class ItcRecipe:
 @dataclass(frozen=True)
 class CtlRecipe:
     """Contrastive target loss; see objectives/ctl.py. `bank`: rows of the FIFO, "all" rows of the cache, or "auto":
-    a FIFO of 65,536 rows, and every row where the cache has no more than that."""
+    a FIFO of 65,536 rows, and every row where the cache has no more than that. `duplicates`: pictures whose targets
+    have this cosine or more count as one, and are no negatives of each other (`emkum cache stats --what duplicates`);
+    0: those of one row only."""
 
     weight: float = ranged(1.0, 0.0)
     temperature: float = ranged(0.07, 0.01, 10.0)
     bank: int | Literal["auto", "all"] = field(default="auto", metadata={"range": (0, 2**31)})
+    duplicates: float = ranged(0.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emkum.errors import UsageError
+from emkum.models.resnet import ResNet
 from emkum.stage2_train.recipe import BATCH_OF_RATES, Recipe
 from emkum.stage2_train.student import Student, pretrained_parts
 from emkum.stage2_train.terms.term import Terms
 
-BLOCK = re.compile(r"(image_blocks|text_blocks)\.(?:blocks|biases)\.(\d+)\.")
+BLOCK = re.compile(r"(image_blocks|text_blocks|network\.stack)\.(?:blocks|biases)\.(\d+)\.")
+IN_FRONT = ("image_blocks.", "text_blocks.", "text_embedding.", "network.stack.", "network.embedding.")
+UNDECAYED = ("types", "positions", "registers", "biases.")  # in the names of tables
 SHARED_PARTS = ("shared blocks", "shared MoME", "shared MLP")
 
 
@@ -27,7 +31,7 @@ def parameter_groups(student: Student, terms: Terms, recipe: Recipe) -> list[dic
     groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     for name, parameter in [*student.named_parameters(), *terms.named_parameters()]:
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and not any(word in name for word in ("types", "positions", "biases."))
+            decays = parameter.ndim > 1 and not any(word in name for word in UNDECAYED)
             key = rate_key(recipe, part_of.get(id(parameter), "")), factors.get(name, 1.0), decays
             groups.setdefault(key, []).append(parameter)
     return [
@@ -42,7 +46,8 @@ def parameter_groups(student: Student, terms: Terms, recipe: Recipe) -> list[dic
 
 def rate_key(recipe: Recipe, part: str) -> str:
     """Which rate of [optimiser] a part of the student has: its own, where the recipe gives one."""
-    own = {"image blocks": "image_encoder_lr", "text embedding": "text_encoder_lr", "text blocks": "text_encoder_lr"}
+    own = dict.fromkeys(("image blocks", "network"), "image_encoder_lr")
+    own |= dict.fromkeys(("text embedding", "text blocks"), "text_encoder_lr")
     key = own.get(part, "shared_lr" if part in SHARED_PARTS else "lr")
     if getattr(recipe.optimiser, key) != "auto":
         return key
@@ -54,17 +59,28 @@ def layer_factors(student: Student, decay: float) -> dict[str, float]:
 
     The text embedding lies in front of all text blocks. BEiT (arXiv:2106.08254), appendix H: there too the topmost
     block has one factor of `decay`, and what comes after the encoder has none. 1 for all: no parameter is named.
+    Raises UsageError for a ResNet.
     """
     if decay == 1:
         return {}
+    if isinstance(student.network, ResNet):
+        raise UsageError(
+            f"optimiser.layer_decay = {decay:g} is by blocks, and a ResNet as student has none",
+            "leave optimiser.layer_decay out",
+        )
     names = [name for name, _ in student.named_parameters()]
     found = {name: (match[1], int(match[2])) for name in names if (match := BLOCK.match(name))}
     depth = {side: 1 + max(number for s, number in found.values() if s == side) for side, _ in found.values()}
     factors = {name: decay ** (depth[side] - number) for name, (side, number) in found.items()}
     for name in names:  # what lies in front of the blocks, or is common to them
-        if name not in factors and name.startswith(("image_blocks.", "text_blocks.", "text_embedding.")):
-            factors[name] = decay ** (depth.get("image_blocks" if name.startswith("image") else "text_blocks", 0) + 1)
+        if name not in factors and name.startswith(IN_FRONT):
+            factors[name] = decay ** (depth.get(_side(name), 0) + 1)
     return factors
+
+
+def _side(name: str) -> str:
+    """The stack that a parameter in front of blocks belongs to, as BLOCK names it."""
+    return next((side for side in ("image_blocks", "network.stack") if name[:5] == side[:5]), "text_blocks")
 
 
 def peak_rate(recipe: Recipe, pretrained: bool = False) -> float:

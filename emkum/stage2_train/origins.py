@@ -20,6 +20,7 @@ from emkum.stage2_train.student_network import Student
 if TYPE_CHECKING:
     from emkum.shards.reader import Cache
 
+FIXED_POSITIONS = ("data2vec2", "mae")  # families whose table of positions is a sine, and no parameter
 TEACHER = re.compile(r"teacher/(?P<network>.+)/(?P<space>image|text|pair|audio)/[^/]+")
 
 

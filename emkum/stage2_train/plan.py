@@ -21,15 +21,18 @@ from emkum.models.network import Network, load_saved
 from emkum.models.passes import FrozenPass, Wanted, chosen_device, good_compute
 from emkum.shards.reader import Cache
 from emkum.shards.shard_files import VERIFY, ReadThreads, Verify, machine_memory_bytes
+from emkum.stage2_train.augment import check_student
 from emkum.stage2_train.averaging import start_average
 from emkum.stage2_train.live import LiveSource
 from emkum.stage2_train.loader import BatchSource, CachedSource, Prefix, other_layers_rule
 from emkum.stage2_train.losses import students_rule
 from emkum.stage2_train.mixing import SPARE_BLOCKS, blocks_held
 from emkum.stage2_train.order import Shuffle, TrainOrder
+from emkum.stage2_train.pixels import batch_norm_line, check_chunk, check_layers, pixel_input
 from emkum.stage2_train.ranks import Ranks, check_devices
 from emkum.stage2_train.recipe import Recipe, compared_role, load_recipe, recipe_from_table
 from emkum.stage2_train.recipe_fields import FieldNames, choose_recipe, required_fields
+from emkum.stage2_train.replay import Replay
 from emkum.stage2_train.resume import check_same_run, continue_command, run_identity, start_command
 from emkum.stage2_train.run_folder import RunFolder, git_revision
 from emkum.stage2_train.run_log import check_loggers
@@ -141,6 +144,7 @@ class Plan:
     average: Student | None  # of the student's weights, training.ema
     source: BatchSource
     prefix: Prefix | None
+    replay: Replay | None
     identity: dict[str, Any]
 
 
@@ -171,16 +175,25 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None, ranks: Rank
     target_width = _target_width(cache, recipe, names)
     student = build_student(recipe, names, image_network, text_network, target_width, seed, cache=cache)
     _check_rule(cache, recipe, names, student)
+    check_student(recipe, names, student)
+    if names.crop_size:
+        check_layers(cache, names, student)
+        check_chunk(student, config.chunk)
     student.checkpoint_activations(config.activation_checkpointing)
 
     prefix = frozen_prefix(image_network, names.cut, compute, device) if image_network and names.live_prefix else None
+    prefix = pixel_input(student.spec) if names.crop_size else prefix
+    replay = _replay(cache, recipe, names, config) if names.replayed else None
     source: BatchSource
     if config.live:
-        source = LiveSource(cache, names, table, device, config.data, precision=compute, threads=config.threads)
+        own = prefix if names.crop_size else None
+        source = LiveSource(
+            cache, names, table, device, config.data, precision=compute, threads=config.threads, prefix=own
+        )
     else:
         held = blocks_held(shuffle.window, cache.rows_per_block, order.batch) if shuffle.window else 0
         _require_memory(cache, names, held * ranks.number)
-        source = CachedSource(cache, names, table, prefix, threads=config.threads, held_blocks=held)
+        source = CachedSource(cache, names, table, prefix, threads=config.threads, held_blocks=held, replay=replay)
         _check_classes(names, source, target_width)
     terms = make_terms(Setting(recipe, student, cache, names, table, source, seed))
     identity = run_identity(recipe, cache, names, table, len(order), seed, compute, config.live, shuffle)
@@ -201,6 +214,7 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None, ranks: Rank
         start_average(student) if recipe.training.ema else None,
         source,
         prefix,
+        replay,
         identity,
     )
 
@@ -352,7 +366,7 @@ def _check_target_shapes(
 ) -> None:
     """Layers are compared token by token: raise UsageError where teacher and student differ in tokens or width."""
     for role in _LAYERS:
-        if role not in names.targets:
+        if role not in names.targets or names.crop_size:  # of a student of pixels: check_layers
             continue
         target = cache.field(names.targets[role])
         teacher = tuple(target.row_shape)
@@ -398,6 +412,12 @@ def _layers_line(plan: Plan) -> str:
     fewer = rule.last is not None and rule.last > len(rule.counted(depth))
     left = f"; the student has {depth} blocks, and all that are counted take part" if fewer else ""
     return f"layers-mse: both sides are the {rule.words}{left}"
+
+
+def _replay(cache: Cache, recipe: Recipe, names: FieldNames, config: TrainConfig) -> Replay:
+    """The crops of the split trained on, and of the one validated on, where they come from the tars."""
+    validated = {recipe.evaluation.split} & set(cache.splits)
+    return Replay(cache, sorted({recipe.data.split} | validated), names.crop_size, config.data)
 
 
 def frozen_prefix(network: Network, cut: int, compute: str, device: torch.device) -> Prefix:
@@ -472,7 +492,9 @@ def _supervision(cache: Cache, names: FieldNames) -> dict[str, Any]:
 
 def _in_front(plan: Plan) -> str:
     """What runs frozen in front of the student, for its summary."""
-    if not plan.names.live_prefix:
+    if plan.names.replayed:
+        return f"; crops of {plan.names.crop_size} px are cut out of the source tars again"
+    if not plan.names.live_prefix or plan.names.crop_size:
         return ""
     blocks = f"the first {plan.names.cut} blocks" if plan.names.cut else "the patch embedding"
     left = "" if plan.student.image_blocks is not None else "; no block of its own is left for pictures"
@@ -510,6 +532,7 @@ def run_summary(plan: Plan, info: Mapping[str, Any], validator: Validator | None
         lines.append(f"shuffled row by row ({plan.why_shuffle})")
     if recipe.objectives.layers_mse:
         lines.append(_layers_line(plan))
+    lines += filter(None, [batch_norm_line(plan.student, plan.config.devices, recipe.training.accumulate)])
     lines += info["terms"]
     if validator is not None:
         patience = recipe.evaluation.patience

@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from emkum.errors import UnknownRecipe, UsageError
 from emkum.stage2_train.objective_recipes import ObjectivesRecipe, ranged
+from emkum.stage2_train.pixel_recipe import check_augmentations, check_pixels
 from emkum.stage2_train.student_recipe import IMAGE_KEYS, TEXT_KEYS, StudentRecipe, check_student
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
@@ -34,6 +35,8 @@ class DataRecipe:
     fraction: float = ranged(1.0, 0.0, 1.0)  # of the split's pictures, or texts; which ones the seed decides
     captions: Literal["one", "all"] = "one"  # an epoch: each picture once with a drawn caption, or each caption once
     views: Literal["draw", "first"] = "draw"  # of several views of a picture: one drawn each epoch, or view 0
+    token_dropout: float = ranged(0.0, 0.0, 1.0, below=True)  # share of patches left out of each picture; CLS stays
+    mixup: float = ranged(0.0, 0.0, 10.0)  # alpha of the Beta that weighs two mixed samples; 0: none are mixed
 
 
 @dataclass(frozen=True)
@@ -323,7 +326,7 @@ KIND_TERMS = {
         "mvlm",
         "branches",
     ),
-    "images": ("layers_mse", "logits_kl"),
+    "images": ("layers_mse", "logits_kl", "cls_mse"),
     "texts": ("layers_mse",),
 }
 COMPARED = {  # terms that meet their target in the head's output
@@ -346,6 +349,8 @@ KEYS_WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "data.cut",
         "data.captions",
         "data.views",
+        "data.token_dropout",
+        "data.mixup",
         *(f"student.{key}" for key in IMAGE_KEYS),
     ),
 }
@@ -362,6 +367,8 @@ def _check_kind(recipe: Recipe, where: str) -> None:
         raise UsageError(f"{where} has no objective", f"{recipe.kind} take {', '.join(allowed)}")
     _check_targets(recipe, where)
     check_student(recipe, where)
+    check_pixels(recipe, where)
+    check_augmentations(recipe, where)
     nothing = Recipe(recipe.name, recipe.kind).to_json()
     for path in KEYS_WITHOUT_EFFECT[recipe.kind]:
         table, key = path.split(".")

@@ -33,7 +33,8 @@ class FieldNames:
     """The fields of the cache a recipe reads; None where its kind needs none.
 
     `inputs`: image tokens, or crops; `encoder`, `cut`: the frozen network they come from, or go through. `targets`:
-    by role (`recipe.target_roles`).
+    by role (`recipe.target_roles`). crop_size: of a student of pixels, the side of its crops; without `inputs` they are
+    cut out of the source tars again.
     """
 
     inputs: str | None = None
@@ -41,6 +42,12 @@ class FieldNames:
     cut: int = 0
     ids: str | None = None
     targets: Mapping[str, str] = field(default_factory=dict)
+    crop_size: int = 0
+
+    @property
+    def replayed(self) -> bool:
+        """Whether the student reads crops that the cache does not keep."""
+        return bool(self.crop_size) and self.inputs is None
 
     @property
     def text_encoder(self) -> str | None:
@@ -70,6 +77,9 @@ def required_fields(recipe: Recipe, cache: Cache) -> FieldNames:
     MissingCaptions where pairs are needed and the cache has none in the recipe's split.
     """
     wanted = recipe.data
+    if recipe.student.pixels:
+        targets = _targets(recipe, cache)
+        return _with_crops(recipe, cache, targets)
     inputs, encoder, cut, ids = None, None, 0, None
     if recipe.kind in ("pairs", "images"):
         inputs, encoder, cut = _inputs(recipe, cache)
@@ -80,8 +90,6 @@ def required_fields(recipe: Recipe, cache: Cache) -> FieldNames:
             cache, "data.ids", wanted.ids, IDS, recipe, "--text-encoder <text network>", "token ids of the texts"
         )
     targets = _targets(recipe, cache)
-    if "logits" in targets:
-        _check_temperature(recipe, targets["logits"])
     return FieldNames(inputs, encoder, cut, ids, targets)
 
 
@@ -110,6 +118,8 @@ def _targets(recipe: Recipe, cache: Cache) -> dict[str, str]:
             f"recipe {recipe.name}: data.targets names {', '.join(unused)}, and its objectives read {shapes}",
             "leave it out of data.targets",
         )
+    if "logits" in targets:
+        _check_temperature(recipe, targets["logits"])
     return targets
 
 
@@ -159,6 +169,24 @@ def _inputs(recipe: Recipe, cache: Cache) -> tuple[str, str, int]:
                 f"leave data.{key} out, or choose inputs that have it with --set data.inputs=...",
             )
     return name, found["network"], int(found["cut"])
+
+
+def _with_crops(recipe: Recipe, cache: Cache, targets: Mapping[str, str]) -> FieldNames:
+    """The crops that a student of pixels reads: those that the cache keeps, else what its targets were made from."""
+    asked = recipe.data.inputs
+    if asked == "auto" and not any(CROPS.fullmatch(name) for name in cache.fields):
+        size = cache.field(next(iter(targets.values()))).fingerprint["size"]
+        return FieldNames(targets=targets, crop_size=int(size))
+    flags = "--teacher <image network> --store-inputs crops"
+    if TOKENS.fullmatch(asked):
+        raise UsageError(
+            f"recipe {recipe.name}: data.inputs = {asked} is no field of crops, and a student of pixels reads them",
+            "leave data.inputs out",
+        )
+    name = _choose(cache, "data.inputs", asked, CROPS, recipe, flags, "crops for a student of pixels")
+    found = CROPS.fullmatch(name)
+    assert found is not None  # _choose saw to it
+    return FieldNames(name, targets=targets, crop_size=int(found["size"]))
 
 
 def _crops_encoder(recipe: Recipe, cache: Cache) -> str:

@@ -28,6 +28,7 @@ TEACHERS = {
     "text_layers": ("bert-base", "layers"),
     "": ("beit2", "cls"),
 }
+PIXEL_TEACHERS = {"logits": ("resnet101", "logits")}  # of students that read pixels, where it is another
 PAIR_TEACHERS = {"layers": "beit3", "text_layers": "beit3-text", "pair_layers": "beit3-pair"}
 
 
@@ -160,13 +161,16 @@ def extract_commands(recipe: Recipe, cache: str = "./shards") -> tuple[str, ...]
     if "pair_layers" in roles:
         chosen = [(PAIR_TEACHERS[role], "layers") for role in roles if role in PAIR_TEACHERS]
     else:
-        chosen = [TEACHERS[role] for role in roles or ("",)]
+        teachers = {**TEACHERS, **(PIXEL_TEACHERS if recipe.student.pixels else {})}
+        chosen = [teachers[role] for role in roles or ("",)]
     flags = [f"--teacher {teacher}" for teacher in dict.fromkeys(teacher for teacher, _ in chosen)]
     texts = PAIR_TEACHERS["text_layers"] if "pair_layers" in roles else TEACHERS["text_layers"][0]
     if recipe.kind == "images":
         flags.append("--text-encoder none")
     elif recipe.kind == "pairs":
         flags.append(f"--text-encoder {texts}")
+    if recipe.student.pixels:
+        flags.append("--store-inputs crops")
     if "logits" in roles:  # a classifier's layers are no tokens for a Transformer to start from
         flags.append(f"--encoder {TEACHERS[''][0]}")
     flags.append(f"--targets {','.join(dict.fromkeys(kept for _, kept in chosen))}")

@@ -15,7 +15,8 @@ from emkum.models.blocks import Block
 from emkum.models.multiway import MultiwayBlock, MultiwayStack
 from emkum.models.network import Network
 from emkum.stage2_train.earlier_run import take_from_runs
-from emkum.stage2_train.origins import Origins, find_origins, transformer
+from emkum.stage2_train.origins import FIXED_POSITIONS, Origins, find_origins, transformer
+from emkum.stage2_train.pixels import build_pixel_student
 from emkum.stage2_train.recipe import Recipe
 from emkum.stage2_train.recipe_fields import FieldNames
 from emkum.stage2_train.shared_mlp import start_anew
@@ -43,7 +44,6 @@ __all__ = [
 ]
 
 ATTENTION = ("norm1", "qkv", "q_bias", "v_bias", "attention_norm", "proj", "scale1")  # of a Block's parameters
-FIXED_POSITIONS = ("data2vec2", "mae")  # families whose table of positions is a sine, and no parameter
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ def build_student(
     separate heads, channels by the objective's name, that of evaluation first; None: as the recipe's terms say.
     Raises UsageError where the recipe asks for blocks the networks do not have, NotARun for an `init` that is none.
     """
+    if recipe.student.pixels:
+        return build_pixel_student(recipe, names, target_width, seed, cache)
     with torch.random.fork_rng(devices=[]):
         origins = find_origins(recipe, names, image_network, text_network, cache)
         torch.manual_seed(seed)
@@ -230,6 +232,7 @@ def pretrained_parts(recipe: Recipe) -> tuple[str, ...]:
     """The parts that start from a pretrained network and take the encoders' rate: no new blocks among them."""
     wanted = recipe.student
     new = {"image blocks": wanted.image_start == "random", "text blocks": wanted.text_start == "random"}
+    new["network"] = wanted.pixels_start_anew or not wanted.pixels
     return tuple(part for part in PRETRAINED_PARTS if not new.get(part))
 
 

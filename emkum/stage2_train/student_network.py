@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from emkum.errors import UsageError
-from emkum.models.backbone import BlocksOut, BlockStack, TextEmbedding
+from emkum.models.backbone import Backbone, BlocksOut, BlockStack, TextEmbedding
 from emkum.models.multiway import Layout, MultiwayStack
+from emkum.models.resnet import ResNet
 from emkum.stage2_train.shared_mlp import AttentionMlp, SharedMlp, build_shared_mlp
 from emkum.stage2_train.student_spec import ImageSide, StudentSpec, TextSide
 
@@ -77,7 +78,7 @@ class Student(nn.Module):
         self.token_type_scale = _scale(spec, spec.width) if types_after else None
         self.shared_blocks = BlockStack(spec.shared) if spec.shared else None
         self.shared_mlp = build_shared_mlp(spec.width, spec.shared_mlp) if spec.shared_mlp else None
-        self.norm = nn.LayerNorm(spec.width, eps=1e-6) if spec.head_width is not None else None
+        self.norm = nn.LayerNorm(spec.width, eps=1e-6) if spec.head_width is not None and not spec.pixels else None
         one_head = spec.head_width is not None and not spec.heads
         self.head = nn.Linear(spec.width, spec.head_width or 0) if one_head else None
         # What came later stays behind: the starting weights of the parts above are drawn in this order.
@@ -87,11 +88,12 @@ class Student(nn.Module):
         self.shared_positions = nn.Parameter(torch.zeros(rows, spec.width)) if rows else None
         self.types_before = TypesBefore(spec) if spec.token_types and spec.types_before else None
         self.heads = nn.ModuleDict({head.term: nn.Linear(spec.width, head.width) for head in spec.heads})
+        self.network: Backbone | ResNet | None = spec.pixels.architecture.build() if spec.pixels else None
 
     @property
     def image_encoder(self) -> str | None:
-        """The frozen network in front of the image side, by its name in the cache."""
-        return self.spec.image.encoder if self.spec.image else None
+        """The frozen network in front of the image side, by its name in the cache; a student of pixels has none."""
+        return self.spec.image.encoder if self.spec.image and not self.spec.pixels else None
 
     @property
     def text_encoder(self) -> str | None:
@@ -101,6 +103,8 @@ class Student(nn.Module):
     @property
     def depth(self) -> int:
         """Blocks a sample goes through; of a student of both modalities those of pictures."""
+        if self.network is not None:
+            return self.network.depth
         own = self.image_blocks if self.spec.image else self.text_blocks
         return sum(stack.depth for stack in (own, self.shared_blocks, self.shared_mome) if stack is not None)
 
@@ -109,9 +113,12 @@ class Student(nn.Module):
     ) -> StudentOut:
         """Tokens of the frozen encoder at the cut, floating point -> features.
 
+        Of a student of pixels: normalised pictures, images_BCHW, in their place.
         grid: rows and columns of patches, for blocks with a relative position bias; a square is assumed. keep_tokens:
         give `tokens_BTD`, and every token in `hidden`; UsageError for a shared MLP.
         """
+        if self.network is not None:
+            return self._pictures(self.network, tokens_BTD, keep_ffn, keep_tokens)
         side = self._image_side()
         queries = self._queries(side, keep_tokens)
         out, tokens_BTD = self._images(tokens_BTD, grid, self._early(queries), keep_ffn)
@@ -184,6 +191,22 @@ class Student(nn.Module):
         if self.image_projection is not None:
             tokens_BTD = self.image_projection(tokens_BTD).float()
         return out, self._positioned(self._typed(tokens_BTD, 0))
+
+    def _pictures(
+        self, network: Backbone | ResNet, images_BCHW: Tensor, keep_ffn: bool, keep_tokens: bool
+    ) -> StudentOut:
+        """A student of pixels: its network from end to end, then the head, where it has one."""
+        side, out = self._image_side(), BlocksOut([], [])
+        tokens_BTD = network.embed(images_BCHW).float()  # the residual stream, not rounded
+        if isinstance(network, Backbone):
+            height, width = images_BCHW.shape[2:]
+            out = network.stack.run(tokens_BTD, grid=network.grid(height, width), keep_ffn=keep_ffn)
+            tokens_BTD = out.hidden[-1]
+        final_BTD = network.finish(tokens_BTD).float()
+        pooled_BD = final_BTD[:, 0] if side.pooling == "cls" else final_BTD[:, side.num_prefix :].mean(dim=1)
+        head_BD = self._head(pooled_BD)
+        kept_BTD = final_BTD if keep_tokens else None
+        return StudentOut(pooled_BD, out.hidden, head_BD, [pooled_BD], out.ffn, tokens_BTD=kept_BTD)
 
     def _texts(self, ids_BL: Tensor, mask_BL: Tensor, queries: int | None, keep_ffn: bool) -> tuple[BlocksOut, Tensor]:
         """As `_images`."""
@@ -282,8 +305,17 @@ class Student(nn.Module):
         return pooled_BD.float() if self.head is None else _in_float32(self.head, pooled_BD)
 
     def checkpoint_activations(self, wanted: bool) -> None:
-        """Recompute activations in the backward pass: less memory, a third more time, the same numbers."""
-        for stack in (self.image_blocks, self.text_blocks, self.shared_blocks, self.shared_mome):
+        """Recompute activations in the backward pass: less memory, a third more time, the same numbers.
+
+        Raises UsageError for a ResNet that is trained.
+        """
+        if wanted and isinstance(self.network, ResNet):
+            raise UsageError(
+                "--activation-checkpointing with a ResNet as student: its statistics would count each batch twice",
+                "leave it out; --set training.accumulate=2 with half the batch needs less memory",
+            )
+        own = self.network.stack if isinstance(self.network, Backbone) else None
+        for stack in (self.image_blocks, self.text_blocks, self.shared_blocks, self.shared_mome, own):
             if stack is not None:
                 stack.checkpointing = wanted
 
@@ -308,9 +340,10 @@ PARTS: dict[str, tuple[str, ...]] = {
     "heads": ("heads",),
     "token types": ("token_types", "token_type_scale", "types_before"),
     "positions": ("shared_positions",),
+    "network": ("network",),
 }
 """The parts of a student, and the names of its modules and parameters that each consists of."""
-PRETRAINED_PARTS = ("image blocks", "text embedding", "text blocks")
+PRETRAINED_PARTS = ("image blocks", "text embedding", "text blocks", "network")
 
 
 def name_in_part(name: str, part: str) -> bool:

@@ -42,8 +42,11 @@ class StudentRecipe:
 
     `init`: "encoder", the networks named above; "teacher", the recipe's teacher for its modality; or a folder, of an
     earlier run or of a network. `init_image`, `init_text`: the same for one modality; "auto" is `init`.
+
+    `pixels`: a network of the cache or of the catalogue, or a folder; "random:NAME": its shape with new weights.
     """
 
+    pixels: str = ""  # a whole network that reads pictures, in place of blocks: pixels.py
     image_blocks: Blocks = "half"
     text_blocks: Blocks = "all"
     image_start: Start = "first"
@@ -74,6 +77,11 @@ class StudentRecipe:
     head_width: int | Literal["auto"] = ranged("auto", 1)  # "auto": the target's width, else the student's
 
     @property
+    def pixels_start_anew(self) -> bool:
+        """Whether a student of pixels begins with new weights."""
+        return self.pixels.startswith("random:")
+
+    @property
     def types_where(self) -> Where:
         """Where token types are added, true and false translated."""
         if isinstance(self.token_types, bool):
@@ -101,7 +109,15 @@ class StudentRecipe:
         return self.text_attention
 
 
-IMAGE_KEYS = ("image_blocks", "image_start", "init_image", "frozen_image", "frozen_image_blocks", "image_pooling")
+IMAGE_KEYS = (
+    "pixels",
+    "image_blocks",
+    "image_start",
+    "init_image",
+    "frozen_image",
+    "frozen_image_blocks",
+    "image_pooling",
+)
 TEXT_KEYS = (
     "text_blocks",
     "text_start",

@@ -103,7 +103,7 @@ def student_spec(
         width,
         shared if isinstance(shared, StackSpec) else None,
         wanted.types_where != "none",
-        separate[0].width if separate else _head_width(recipe, names, width, target_width),
+        separate[0].width if separate else head_width(recipe, names, width, target_width),
         shared_mlp,
         shared if isinstance(shared, MultiwayStackSpec) else None,
         separate,
@@ -277,7 +277,7 @@ def _separate_heads(
     return tuple(HeadSpec(term, channels) for term, channels in heads.items())
 
 
-def _head_width(recipe: Recipe, names: FieldNames, width: int, target_width: int | None) -> int | None:
+def head_width(recipe: Recipe, names: FieldNames, width: int, target_width: int | None) -> int | None:
     """Channels of the one head; None: no head."""
     asked: Any = recipe.student.head_width
     # Behind an attention the features come from in front of the head, and those of one modality too: without a target

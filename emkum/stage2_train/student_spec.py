@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 from emkum.models.backbone import BackboneSpec, StackSpec
 from emkum.models.blocks import BlockSpec
+from emkum.models.families.registry import spec_of
 from emkum.models.multiway import MultiwayStackSpec
+from emkum.models.preprocessing import Preprocessing
+from emkum.models.resnet import ResNetSpec
 from emkum.stage2_train.shared_mlp import SharedMlpSpec
 
 Pooling = Literal["cls", "mean"]
@@ -24,6 +27,18 @@ class ImageSide:
     num_prefix: int
     stack: StackSpec | None
     pooling: Pooling
+
+
+@dataclass(frozen=True)
+class PixelSide:
+    """A student of pixels: a whole network, how its pictures are normalised, the side of the crops it learns from.
+
+    architecture: of the network without a classifier, in place of which the student has its head.
+    """
+
+    architecture: BackboneSpec | ResNetSpec
+    preprocessing: Preprocessing
+    size: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,8 @@ class StudentSpec:
     heads: in place of the one head; the first is that of the features, and head_width its width. types_before: token
     types are added in front of the modalities' blocks, not behind. token_type_scale: LayerScale's start, 0 for none.
     shared_positions: rows of a table that both modalities take positions from, in front of the shared part. projection:
-    a norm and a linear layer for each modality there.
+    a norm and a linear layer for each modality there. pixels: a network that reads pictures, in place of image blocks;
+    it has a final norm of its own, and head_width None then means that it has no head.
     """
 
     image: ImageSide | None
@@ -74,6 +90,7 @@ class StudentSpec:
     token_type_scale: float = TOKEN_TYPE_SCALE
     shared_positions: int = 0
     projection: bool = False
+    pixels: PixelSide | None = None
 
     @property
     def contrast_widths(self) -> tuple[int, ...]:
@@ -96,7 +113,7 @@ class StudentSpec:
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(found) - known - {"format"}):
             raise ValueError(f"unknown keys {', '.join(unknown)}")
-        image, text, mome = found["image"], found["text"], found.get("shared_mome")
+        image, text, mome, pixels = found["image"], found["text"], found.get("shared_mome"), found.get("pixels")
         own: dict[str, Any] = {
             "image": ImageSide(**{**image, "stack": _stack_from(image["stack"])}) if image else None,
             "text": TextSide(
@@ -112,6 +129,7 @@ class StudentSpec:
             "shared_mlp": SharedMlpSpec(**found["shared_mlp"]) if found.get("shared_mlp") else None,  # emkum 0.2: none
             "shared_mome": mome_from(mome) if mome else None,
             "heads": tuple(HeadSpec(**head) for head in found.get("heads", ())),
+            "pixels": _pixels_from(pixels) if pixels else None,
         }
         plain = {key: value for key, value in found.items() if key not in own and key != "format"}
         for key in ("width", "token_types", "head_width"):
@@ -125,6 +143,12 @@ _NOTHING = object()
 
 def _stack_from(found: dict[str, Any] | None) -> StackSpec | None:
     return StackSpec.from_json(found) if found else None
+
+
+def _pixels_from(found: dict[str, Any]) -> PixelSide:
+    architecture = spec_of(found["architecture"])
+    assert isinstance(architecture, BackboneSpec | ResNetSpec)
+    return PixelSide(architecture, Preprocessing.from_json(found["preprocessing"]), int(found["size"]))
 
 
 def mome_from(found: dict[str, Any]) -> MultiwayStackSpec:

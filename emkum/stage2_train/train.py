@@ -118,6 +118,7 @@ def _session(plan: Plan, folder: RunFolder, before: Mapping[str, Any] | None, sa
         allow_partial=config.allow_partial,
         threads=config.threads,
         average=plan.average,
+        replay=plan.replay,
     )
     info = run_info(plan, folder, before, point.step if point else 0)
     for line in run_summary(plan, info, validator):
@@ -173,7 +174,7 @@ def _fit(
         plan.order if alone else MicroBatches(plan.order, accumulate, ranks.rank, ranks.number),
         plan.source,
         threads=plan.source.batches_at_once,
-        prefetch=max(config.prefetch, plan.source.batches_at_once) if config.live else config.prefetch,
+        prefetch=max(config.prefetch, plan.source.batches_at_once) if config.live or plan.replay else config.prefetch,
         pin=plan.device.type == "cuda",
     )
     module = Distillation(plan, ranks)

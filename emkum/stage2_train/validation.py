@@ -31,6 +31,7 @@ from emkum.stage2_train.loader import CachedSource, Prefix
 from emkum.stage2_train.order import PassOrder
 from emkum.stage2_train.recipe import Recipe
 from emkum.stage2_train.recipe_fields import FieldNames
+from emkum.stage2_train.replay import Replay
 from emkum.stage2_train.samples import SampleTable, refuse_missing, sample_table
 from emkum.stage2_train.student import Student
 
@@ -82,10 +83,12 @@ def make_validator(
     allow_partial: bool,
     threads: int,
     average: Student | None = None,
+    replay: Replay | None = None,
 ) -> Validator | None:
     """How to score `student` on the recipe's validation split; None where the cache has nothing to score on.
 
-    average: the student whose weights are an average, scored beside it in the same pass.
+    average: the student whose weights are an average, scored beside it in the same pass. replay: of a student of pixels
+    whose crops the cache does not keep.
     Raises IncompleteCache where a field holds the split in part, unless `allow_partial`; UsageError where
     `evaluation.best` is no score of such a run, or where it or `evaluation.patience` has nothing to go by.
     """
@@ -96,7 +99,7 @@ def make_validator(
     if split not in cache.splits or split == recipe.data.split or not all(len(f.rows(split)) for f in fields):
         _refuse_unscored(recipe)
         return None
-    source = CachedSource(cache, names, None, prefix)
+    source = CachedSource(cache, names, None, prefix, threads=threads if replay else 0, replay=replay)
 
     students = {STUDENT: student} if average is None else {STUDENT: student, AVERAGE: average}
 

@@ -5,6 +5,7 @@ Legend: M texts, B batch, T tokens, L text tokens, D width.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,9 @@ from emkum.shards.reader import Cache, Field
 from emkum.stage2_train.evaluate.encode import Settings, features_of, out_of_texts, out_of_tokens
 from emkum.stage2_train.evaluate.results import BEFORE, ENCODER, STUDENT, TEACHER
 from emkum.stage2_train.loader import CachedSource
-from emkum.stage2_train.recipe_fields import IDS, TOKENS, FieldNames, target_pattern
+from emkum.stage2_train.pixels import pixel_input
+from emkum.stage2_train.recipe_fields import IDS, ROLES, TOKENS, FieldNames, target_pattern
+from emkum.stage2_train.replay import Replay
 from emkum.stage2_train.run_folder import LoadedRun
 from emkum.stage2_train.student import Student, build_student
 
@@ -61,6 +64,12 @@ class Contestants:
         return self.trained_on(TOKENS, CROPS)
 
     @property
+    def replayed(self) -> bool:
+        """Whether a student of pixels was trained on crops cut out of the tars again, as the cache keeps none."""
+        trained: Mapping[str, str] = self.run.info["cache"]["fields"]
+        return self.run.student.spec.pixels is not None and not any(CROPS.fullmatch(name) for name in trained)
+
+    @property
     def ids(self) -> Field:
         """The field of token ids the student's text side reads."""
         return self.trained_on(IDS)
@@ -84,6 +93,8 @@ class Contestants:
     @property
     def crop_size(self) -> int:
         """The side of the crops the cache was extracted with."""
+        if self.run.student.spec.pixels is not None:
+            return self.run.student.spec.pixels.size
         return int(self.inputs.fingerprint["size"])
 
     @property
@@ -98,9 +109,13 @@ class Contestants:
 
     def check_size(self, size: int) -> None:
         """Raises UsageError unless patches fill a picture of this size."""
-        assert self._image_network is not None
-        assert isinstance(self._image_network.backbone, Backbone)
-        self._image_network.backbone.grid(size, size)
+        network = self.run.student.network
+        if network is None:
+            assert self._image_network is not None
+            assert isinstance(self._image_network.backbone, Backbone)
+            network = self._image_network.backbone
+        if isinstance(network, Backbone):  # a ResNet takes any
+            network.grid(size, size)
 
     def frozen_name(self, network: Network) -> str:
         """TEACHER where this network's outputs are the targets the run was trained on, else ENCODER."""
@@ -115,6 +130,8 @@ class Contestants:
 
     def features_of_crops(self, crops_BHWC: Tensor) -> dict[str, Tensor]:
         """Features of uint8 crops, by name; the frozen network among them with baselines."""
+        if self.run.student.spec.pixels is not None:
+            return self.features_of_tokens(pixel_input(self.run.student.spec)(crops_BHWC.to(self.device)))
         tokens_BTD, whole_BD = self._through_frozen(crops_BHWC)
         features = self.features_of_tokens(tokens_BTD)
         if whole_BD is None:
@@ -137,12 +154,19 @@ class Contestants:
             return outputs[0], None
         return outputs[0], outputs[1] if side.pooling == "cls" else outputs[1].mean(dim=1)
 
-    def source(self, names: FieldNames) -> CachedSource:
-        """Batches of these fields of the cache; crops go through the frozen network."""
+    def source(self, names: FieldNames, split: str = "") -> CachedSource:
+        """Batches of these fields of the cache; crops go through the frozen network.
+
+        A student of pixels reads the crops themselves, and where the cache keeps none, those of `split` from its tars.
+        """
+        if self.run.student.spec.pixels is not None:
+            names = dataclasses.replace(names, crop_size=self.crop_size)
+            replay = Replay(self.cache, (split,), self.crop_size) if names.replayed else None
+            return CachedSource(self.cache, names, None, pixel_input(self.run.student.spec), threads=2, replay=replay)
         return CachedSource(self.cache, names, None, lambda crops_BHWC: self._through_frozen(crops_BHWC)[0])
 
     def features_of_tokens(self, tokens_BTD: Tensor) -> dict[str, Tensor]:
-        """Each student's features of tokens at the cut."""
+        """Each student's features of tokens at the cut, or of images_BCHW."""
         return features_of(out_of_tokens(self.students, tokens_BTD, self.precision, self.device))
 
     # Texts.
@@ -183,6 +207,8 @@ def student_before(
     spec = run.student.spec
     targets = {name: name for name in run.info["cache"].get("fields", ()) if name.startswith("teacher/")}
     names = FieldNames(encoder=run.student.image_encoder, cut=spec.image.cut if spec.image else 0, targets=targets)
+    if spec.pixels is not None:
+        names = dataclasses.replace(names, targets=_by_role(targets), crop_size=spec.pixels.size)
     heads = {head.term: head.width for head in spec.heads} or None
     networks = (image_network, text_network)
     seed = int(run.info["seed"])
@@ -193,3 +219,7 @@ def student_before(
             "evaluate with the cache it was trained on, or without baselines",
         )
     return student
+
+
+def _by_role(names: Mapping[str, str]) -> dict[str, str]:
+    return {role: name for name in names for role, pattern in ROLES.items() if pattern.fullmatch(name)}

@@ -200,7 +200,7 @@ def _distillation(run: LoadedRun, cache: Cache, split: str, settings: Settings) 
     target = contestants.trained_on(target_pattern(run.recipe))
     (role,), texts = target_roles(run.recipe), run.recipe.kind == "texts"
     targets = {role: target.name}
-    inputs = contestants.ids if texts else contestants.inputs
+    inputs = target if contestants.replayed else contestants.ids if texts else contestants.inputs
     if texts:
         _check_same_tokens(cache, inputs, target)
     for needed in (inputs, target):
@@ -211,12 +211,13 @@ def _distillation(run: LoadedRun, cache: Cache, split: str, settings: Settings) 
     if texts:
         names, order = FieldNames(ids=inputs.name, targets=targets), PassOrder(None, rows, settings.batch_size)
     else:
-        names, order = FieldNames(inputs=inputs.name, targets=targets), PassOrder(rows, None, settings.batch_size)
+        read = None if contestants.replayed else inputs.name
+        names, order = FieldNames(inputs=read, targets=targets), PassOrder(rows, None, settings.batch_size)
     distances = token_distances(
         contestants.students,
         run.recipe,
         order,
-        contestants.source(names),
+        contestants.source(names, split),
         contestants.precision,
         contestants.device,
         progress=settings.progress,

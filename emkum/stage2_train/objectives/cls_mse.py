@@ -26,12 +26,13 @@ def cls_mse(images_BD: Tensor, texts_BD: Tensor, targets_BD: Tensor) -> Regressi
     The mean over channels, not the sum, so that it weighs about as much as a contrastive term.
     THESIS.md section 2, `cls-mse`.
     """
-    image_loss = _mse(images_BD, targets_BD)
-    text_loss = _mse(texts_BD, targets_BD)
+    image_loss = mse(images_BD, targets_BD)
+    text_loss = mse(texts_BD, targets_BD)
     return Regression(0.5 * (image_loss + text_loss), image_loss, text_loss)
 
 
-def _mse(student_BD: Tensor, targets_BD: Tensor) -> Tensor:
+def mse(student_BD: Tensor, targets_BD: Tensor) -> Tensor:
+    """mean (h - t)^2 over samples and channels: one half of `cls_mse`, as of a student of one modality."""
     assert student_BD.shape == targets_BD.shape, (student_BD.shape, targets_BD.shape)  # no broadcasting
     exact = student_BD if student_BD.dtype == torch.float64 else student_BD.float()
     return (exact - targets_BD.to(exact.dtype)).square().mean()

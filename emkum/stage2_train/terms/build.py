@@ -14,8 +14,8 @@ from torch import Tensor
 from emkum.errors import UsageError
 from emkum.models.network import load_saved
 from emkum.models.targets import named_rule, recorded_rule
-from emkum.shards.statistics.kept import load
-from emkum.shards.statistics.request import StatisticRequest
+from emkum.shards.statistics.reading import codebook, duplicates, pca
+from emkum.stage2_train.augment import augments
 from emkum.stage2_train.loader import BatchSource
 from emkum.stage2_train.objective_recipes import ItcRecipe, RankingRecipe
 from emkum.stage2_train.objectives.masking import Vocabulary, vocabulary
@@ -71,7 +71,7 @@ def make_terms(setting: Setting) -> Terms:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
-        return Terms([_MAKERS[name](setting) for name in setting.recipe.terms])
+        return Terms([_MAKERS[name](setting) for name in setting.recipe.terms], augments(setting.recipe))
 
 
 def _itc(setting: Setting) -> Term:
@@ -98,13 +98,17 @@ def _ctl(setting: Setting) -> Term:
     assert setting.table is not None
     assert setting.source is not None
     width = setting.target("cls").row_shape[-1]
-    return Ctl(wanted, make_bank(setting.recipe, setting.table, setting.source, width))
+    groups_R = None
+    if wanted.duplicates:
+        found = duplicates(setting.opened, setting.target("cls").name, wanted.duplicates, setting.recipe.data.split)
+        groups_R = torch.from_numpy(found.arrays["group"].copy())
+    return Ctl(wanted, make_bank(setting.recipe, setting.table, setting.source, width), groups_R)
 
 
 def _cls_mse(setting: Setting) -> Term:
     wanted = setting.recipe.objectives.cls_mse
     assert wanted is not None
-    return ClsMse("cls_mse", wanted.weight)
+    return ClsMse(wanted, setting.recipe.kind == "pairs")
 
 
 def _layers_mse(setting: Setting) -> Term:
@@ -176,10 +180,8 @@ def _reduced(setting: Setting) -> Term:
             f"use fewer: --set objectives.reduced.width={target.row_shape[-1]}",
         )
     if wanted.start == "pca":
-        components = min(256, target.row_shape[-1])
-        components = max(components, wanted.width)
-        request = StatisticRequest(target.name, "pca", setting.recipe.data.split, components=components)
-        found = load(setting.opened, request)
+        components = max(min(256, target.row_shape[-1]), wanted.width)
+        found = pca(setting.opened, target.name, components, setting.recipe.data.split)
         principal = as_tensor(found.arrays["components"]), as_tensor(found.arrays["mean"])
     return Reduced(wanted, target.row_shape[-1], principal)
 
@@ -221,8 +223,8 @@ def _branches(setting: Setting) -> Term:
 
 def _codebook(setting: Setting, role: str, codes: int) -> Tensor:
     """The codebook of a target that the cache keeps. Raises MissingStatistic with the command that makes it."""
-    request = StatisticRequest(setting.target(role).name, "codebook", setting.recipe.data.split, codes=codes)
-    return as_tensor(load(setting.opened, request).arrays["codes"])
+    found = codebook(setting.opened, setting.target(role).name, codes, split=setting.recipe.data.split)
+    return as_tensor(found.arrays["codes"])
 
 
 def _hidden(setting: Setting, codes: int) -> Hidden:

@@ -114,14 +114,16 @@ class Ranking(_Layered):
 
 
 class Ctl(Term):
-    """objectives/ctl.py, with its bank of targets."""
+    """objectives/ctl.py, with its bank of targets. groups_R: of each image row the group of its near duplicates."""
 
     suffixes = (*CONTRAST, "scale")
 
-    def __init__(self, recipe: CtlRecipe, bank: FifoBank | WholeBank) -> None:
+    def __init__(self, recipe: CtlRecipe, bank: FifoBank | WholeBank, groups_R: Tensor | None = None) -> None:
         super().__init__("ctl", recipe.weight)
         self.log_scale = log_scale(recipe.temperature)
         self.bank = bank
+        self.groups_R: Tensor | None
+        self.register_buffer("groups_R", groups_R, persistent=False)
 
     def forward(self, seen: Seen) -> dict[str, Tensor]:
         images, texts = seen.pair
@@ -130,9 +132,14 @@ class Ctl(Term):
         targets_GD, rows_G, views_G = map(gathered_constants, own)
         candidates_ND, rows_N, labels_G = self.bank.candidates(targets_GD, rows_G, views_G)
         said = images.said("ctl"), texts.said("ctl")
-        contrast = ctl(*said, candidates_ND, rows_N, own_part(labels_G), seen.rows_B, self.log_scale)
+        pictures_N, pictures_B = self._pictures(rows_N), self._pictures(seen.rows_B)
+        contrast = ctl(*said, candidates_ND, pictures_N, own_part(labels_G), pictures_B, self.log_scale)
         self.bank.push(targets_GD, rows_G)
         return {**contrast_parts(contrast), "scale": scale_of(self.log_scale)}
+
+    def _pictures(self, rows: Tensor) -> Tensor:
+        """Numbers that are equal for pictures which are no negatives of each other."""
+        return rows if self.groups_R is None else self.groups_R[rows]
 
     def after_step(self, student: Student) -> None:
         clamp_log_scale(self.log_scale)

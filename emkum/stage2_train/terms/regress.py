@@ -10,8 +10,8 @@ from torch import Tensor
 from emkum.models import targets
 from emkum.models.targets import TopLogits
 from emkum.stage2_train.loader import Batch
-from emkum.stage2_train.objective_recipes import LogitsKlRecipe
-from emkum.stage2_train.objectives.cls_mse import Regression, cls_mse
+from emkum.stage2_train.objective_recipes import ClsMseRecipe, LogitsKlRecipe
+from emkum.stage2_train.objectives.cls_mse import Regression, cls_mse, mse
 from emkum.stage2_train.objectives.layers_mse import layers_mse
 from emkum.stage2_train.objectives.logits_kl import class_kl, logits_kl
 from emkum.stage2_train.terms.term import Seen, Term
@@ -25,11 +25,20 @@ def regression_parts(regression: Regression) -> dict[str, Tensor]:
 
 
 class ClsMse(Term):
-    """objectives/cls_mse.py."""
+    """objectives/cls_mse.py, of pictures and captions or of pictures alone."""
 
-    suffixes = REGRESSION
+    def __init__(self, recipe: ClsMseRecipe, pairs: bool) -> None:
+        super().__init__("cls_mse", recipe.weight)
+        self.pairs = pairs
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("cls_mse", "cls_mse_image", "cls_mse_text") if self.pairs else ("cls_mse",)
 
     def forward(self, seen: Seen) -> dict[str, Tensor]:
+        if not self.pairs:
+            assert seen.images is not None
+            return {"": mse(seen.images.said(self.name), seen.batch.targets["cls"])}
         images, texts = seen.pair
         said = images.said(self.name), texts.said(self.name)
         return regression_parts(cls_mse(*said, seen.batch.targets["cls"]))

@@ -114,10 +114,12 @@ class Term(nn.Module):
 class Terms(nn.Module):
     """The terms of a recipe, with all that they learn or remember; part of a checkpoint."""
 
-    def __init__(self, terms: Sequence[Term]) -> None:
+    def __init__(self, terms: Sequence[Term], augments: bool = False) -> None:
+        """augments: batches are changed at random before any term sees them."""
         super().__init__()
+        self.augments = augments
         self.terms = nn.ModuleDict({term.name: term for term in terms})
-        self.batches = 0  # seen so far by terms that draw; on the host, so that the loop never waits for the device
+        self.batches = 0  # seen so far, where something draws; on the host, so that the loop never waits for the device
 
     def __iter__(self) -> Iterator[Term]:
         for term in self.terms.values():
@@ -152,7 +154,7 @@ class Terms(nn.Module):
         """For the random choices of the next batch: a function of the seed and of how many there were."""
         generator = torch.Generator()
         generator.manual_seed((seed * 0x9E3779B97F4A7C15 + self.batches) % 2**63)
-        self.batches += any(term.draws for term in self)
+        self.batches += self.augments or any(term.draws for term in self)
         return generator
 
     def get_extra_state(self) -> dict[str, int]:
