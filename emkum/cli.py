@@ -125,7 +125,7 @@ def extract(
         Optional[str],  # noqa: UP045
         typer.Option(
             help="The text network the student starts from; its tokenizer makes the token ids. "
-            "Default: the text teacher if there is one, the tokenizer alone of a teacher of pairs, else bert-base; "
+            "Default: the text teacher if there is one, else bert-base; of a teacher of pairs alone its own tokenizer; "
             "`none` leaves captions out, unless a teacher reads them."
         ),
     ] = None,
@@ -318,7 +318,7 @@ def extract(
     )
     config.guard.check_exceptions((*teacher, encoder or "", text_encoder or ""))
     if allow_teacher:
-        _say(f"taken by name whatever they learned from, on record: {', '.join(allow_teacher)}")
+        _say(f"taken by name whatever they learned from: {', '.join(allow_teacher)}; the fields this begins say so")
     run_extract(config, say=_say)
 
 
@@ -834,6 +834,7 @@ def _spread(arguments: list[str]) -> list[str]:
     A cache among them is no value, but what the command works on: `cache verify --teacher beit2 ./shards`.
     """
     spread: list[str] = []
+    takes_cache = arguments[:1] == ["cache"]
     option = None
     words = 0
     for argument in arguments:
@@ -841,7 +842,7 @@ def _spread(arguments: list[str]) -> list[str]:
             option, words = (argument if argument in MANY else None), 0
         elif option is not None:
             words += 1
-            if words > 1 and _is_cache(argument):
+            if takes_cache and words > 1 and _is_cache(argument):
                 option = None
             elif words > 1:
                 spread.append(option)
@@ -865,7 +866,12 @@ def run(arguments: list[str]) -> int:
         return _fail("Interrupted: what was committed is kept | the same command continues", Interrupted.exit_code)
     except typer.Exit as stop:
         return stop.exit_code
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except (BrokenPipeError, SystemExit) as error:
+        if stopped := stopping.heard():  # a library's way to end where a signal came
+            return _fail(stopped.line(), stopped.exit_code)
+        if isinstance(error, SystemExit):
+            raise
+        # The reader of our output went away, as `| head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

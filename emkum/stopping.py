@@ -1,4 +1,4 @@
-"""A signal to stop becomes Interrupted in the main thread: once, and surely."""
+"""A signal to stop becomes Interrupted in the main thread, again if something swallows it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def listen() -> None:
     """From now on SIGINT, SIGTERM and SIGHUP raise Interrupted in this thread, the main one; a second ends at once.
 
     A library may catch Interrupted, and C code drops whatever a destructor or a comparison raises: then it is raised
-    again. Never in the midst of an import: there libraries make errors of their own of it, and C++ aborts.
+    again. Not so where a library keeps it, as a future does: while it lives it counts as on its way. Never in the midst
+    of an import: there libraries make errors of their own of it, and C++ aborts.
     """
     sys.unraisablehook = _unraisable
     for number in STOPPING:

@@ -497,6 +497,41 @@ def test_a_plan_that_is_refused_leaves_what_others_may_need(tmp_path: Path) -> N
     heir.__exit__(None, None, None)
 
 
+def test_a_plan_is_refused_for_its_own_reason_though_nothing_can_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: LocalStore, path: str) -> None:
+        if path == "zarr.json":
+            raise errors.StorageFailure("the disk is gone")
+
+    monkeypatch.setattr(LocalStore, "remove", broken)
+
+    def refused(claims: Claims) -> None:
+        with claims.planning(join=False):
+            CacheWriter(tmp_path / "cache", None, claims.check_planning)
+            raise errors.UsageError("the real reason")
+
+    with Claims(LocalStore(tmp_path / "cache")) as claims, pytest.raises(errors.UsageError, match="the real reason"):
+        refused(claims)
+
+
+def test_a_claim_is_created_though_its_empty_folder_is_removed_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_dir, removed = durable.make_dir, []
+
+    def made_and_removed(folder: Path) -> None:
+        make_dir(folder)
+        if not removed:
+            removed.append(folder)
+            folder.rmdir()
+
+    monkeypatch.setattr(durable, "make_dir", made_and_removed)
+    assert LocalStore(tmp_path).create("claims/plan.1.json", b"{}")
+    assert removed
+    assert (tmp_path / "claims/plan.1.json").read_bytes() == b"{}"
+
+
 @pytest.mark.parametrize("more", [("--targets", "logits"), ("--size", "30"), ("--logits-top", "3")])
 def test_a_command_that_is_refused_leaves_no_folder_behind(more: tuple[str, ...], tmp_path: Path) -> None:
     tar, teacher = make_pictures(tmp_path / "a.tar", 2), save_teacher(tmp_path / "wide")

@@ -216,12 +216,12 @@ def test_cls_and_layers_are_the_default(networks: dict[str, Path], data: Path, t
 def test_show_says_what_a_pair_takes_and_how_to_extract_it(networks: dict[str, Path]) -> None:
     known = show(str(networks["beit3-pair"]))
     assert known["bytes_per_sample"]["layers"] == 2 * 38 * 128  # of the text, for which there are 38 positions
-    assert known["extract"].endswith("beit3-pair --targets cls,layers")
+    assert known["extract"].endswith("beit3-pair --targets cls,layers --max-tokens 32")
     assert "refused" not in known
-    entries = CATALOGUE["beit3-pair"], CATALOGUE["vlmo-pair"]
-    assert [bytes_per_sample(entry, num_tokens(entry), "thesis") for entry in entries] == [
-        {"cls": 2 * 768, "mean": 2 * 768, "patches": 2 * words * 768, "layers": 2 * words * 768} for words in (64, 40)
-    ]
+    for name, words, width in (("beit3-pair", 64, 768), ("vlmo-pair", 64, 768), ("vlmo-base-plus-pair", 40, 544)):
+        found = bytes_per_sample(CATALOGUE[name], num_tokens(CATALOGUE[name]), "thesis")
+        pooled, ragged = 2 * width, 2 * words * width
+        assert found == {"cls": pooled, "mean": pooled, "patches": ragged, "layers": ragged}
 
 
 def test_the_same_command_does_nothing(cache: Path, networks: dict[str, Path], data: Path) -> None:

@@ -279,6 +279,21 @@ def test_a_folder_that_may_not_be_written_is_storage_and_no_lost_network(
         fetch.from_url(served.url)
 
 
+def test_the_way_out_names_the_tower_that_was_asked_for(kept: Path) -> None:
+    for source, named in (
+        ("beit3-pair", "--teacher beit3_base_patch16_224.pth#pair"),
+        ("vlmo-text", "--teacher vlmo_base_patch16_224.pt#text"),
+        ("beit3", "--teacher beit3_base_patch16_224.pth"),
+        ("https://example.org/w.pth#pair", "--teacher w.pth#pair"),
+    ):
+        with pytest.raises(WeightsUnavailable) as caught:
+            load_network(source, offline=True)
+        assert caught.value.way_out.endswith(f"such as {named}")
+    with pytest.raises(WeightsUnavailable) as caught:
+        fetch.from_url("https://example.org/a/beit3.spm", offline=True, folder="a", tower=None)
+    assert caught.value.way_out == f"put the file at {kept}/a/beit3.spm"
+
+
 def test_offline_the_file_its_source_and_its_place_are_named(kept: Path) -> None:
     with pytest.raises(WeightsUnavailable) as caught:
         fetch.from_url("https://example.org/a/weights.pth", offline=True, folder="a")

@@ -29,6 +29,7 @@ from emkum.shards.store import LocalStore
 from emkum.shards.verify import verify
 from emkum.stage1_extract import fields
 from emkum.stage1_extract.config import ExtractConfig
+from emkum.stage1_extract.extract import extract
 from emkum.stage1_extract.live_check import SampleConfig, check_sample, load_teachers, require_agreement
 
 CLASSES = 7
@@ -623,3 +624,17 @@ def test_the_command_takes_the_flags(config: ExtractConfig, networks: Path, tmp_
     done = CliRunner().invoke(app, [*flags, "--encoder", "none", "--logits-top", "2"])
     assert done.exit_code == 0, done.output
     assert TOP in Cache.open(tmp_path / "c").fields
+
+
+def test_all_logits_beside_the_largest_are_announced_with_the_flag_that_goes_on(
+    config: ExtractConfig, networks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    top = replace(config, teacher=(str(networks / "classes"),), encoder="none", logits_top=3, targets=())
+    quiet(top)
+    lines: list[str] = []
+    extract(replace(top, logits_top=None), say=lines.append)
+    said = "new field teacher/classes/image/logits beside the 3 largest; --logits-top 3 goes on with those alone"
+    assert said in "\n".join(lines)
+    with pytest.raises(errors.UsageError, match="--targets logits-top") as caught:
+        replace(top, logits_top=None, targets=("logits-top",))
+    assert caught.value.way_out == "say how many of the largest logits to keep: --logits-top 5"

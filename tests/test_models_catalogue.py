@@ -341,3 +341,14 @@ def test_a_package_that_is_not_installed_gives_the_command_that_installs_it(
 def test_a_loaded_network_runs(checkpoint: Path) -> None:
     network = load_network(str(checkpoint))
     assert network.backbone(torch.zeros(1, 3, 28, 28)).shape == (1, 5, 16)
+
+
+def test_a_file_that_is_not_there_and_a_tower_that_is_none_are_said_to_be_that(tmp_path: Path) -> None:
+    (tmp_path / "there.pt").write_bytes(b"")
+    for source, said in (
+        ("files/beit/nope.pt", "files/beit/nope.pt does not exist"),
+        (f"{tmp_path}/there.pt#sound", "there.pt#sound: there is no tower sound"),
+        ("dinov2s", "'dinov2s' is not in the catalogue"),
+    ):
+        with pytest.raises(UnknownNetwork, match=said):
+            load_network(source, offline=True)

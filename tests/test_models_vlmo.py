@@ -23,7 +23,9 @@ from emkum.models.families.checkpoint import of_tensors
 from emkum.models.families.family import Family
 from emkum.models.families.registry import CATALOGUE, read_backbone
 from emkum.models.families.vlmo import FAMILIES
-from emkum.models.multiway import Multiway
+from emkum.models.listing import show
+from emkum.models.multiway import Multiway, MultiwaySpec
+from emkum.models.network import save_network
 from emkum.models.supervision import Guard
 from tests.test_models_families import TOLERANCE, relative, write_tokenizer
 from tests.towers import (
@@ -357,6 +359,25 @@ def test_the_step_before_pairs_has_towers_but_no_experts_of_pairs(tmp_path: Path
 def test_saved_and_loaded_again_it_is_the_same_network(tower: str, tmp_path: Path) -> None:
     network = load_network(f"{write(tmp_path / 'from', original_state())}{tower}")
     assert_saved_and_rounded(network, tmp_path / "kept")
+
+
+def test_a_folder_of_one_network_is_no_other_tower(tmp_path: Path) -> None:
+    save_network(load_network(str(write(tmp_path, original_state()))), tmp_path / "kept")
+    with pytest.raises(UnsupportedNetwork, match=r"kept reads image, not pair") as caught:
+        load_network(f"{tmp_path / 'kept'}#pair")
+    assert caught.value.way_out == "leave #pair out, or name another folder"
+    assert load_network(f"{tmp_path / 'kept'}#image").modality == "image"
+    assert show(f"{tmp_path / 'kept'}#pair")["refused"] == "it reads image, not pair: leave #pair out"
+
+
+def test_a_folder_that_does_not_say_what_stands_for_the_pair_is_refused(tmp_path: Path) -> None:
+    """So were those of the first days, whose CLS would be the picture's."""
+    network = load_network(f"{write(tmp_path, original_state())}#pair")
+    shape = network.backbone.spec.to_json()
+    assert shape["pooled"] == "text"
+    del shape["pooled"]
+    with pytest.raises(UnsupportedNetwork, match="does not say whose first token stands for the pair"):
+        MultiwaySpec.from_json(shape)
 
 
 def test_one_attention_serves_both_modalities_of_a_pair(tmp_path: Path) -> None:

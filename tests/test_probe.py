@@ -396,7 +396,13 @@ def test_the_cache_may_stand_behind_the_teachers(
 
 def test_a_cache_in_an_object_store_is_no_teacher_but_weights_on_the_web_are() -> None:
     for place, spread in (("s3://bucket/cache", []), ("https://host/beit2.pth", ["--teacher"])):
-        assert cli._spread(["--teacher", "beit2", place]) == ["--teacher", "beit2", *spread, place]
+        words = ["cache", "verify", "--teacher", "beit2", place]
+        assert cli._spread(words) == [*words[:-1], *spread, place]
+
+
+def test_a_cache_among_the_values_of_a_command_that_names_it_by_a_flag_is_a_value() -> None:
+    words = ["extract", "--teacher", "beit2", "--data", "s3://bucket/a.tar", "s3://bucket/b.tar"]
+    assert cli._spread(words) == [*words[:-1], "--data", "s3://bucket/b.tar"]
 
 
 def test_the_draw_takes_all_splits_and_views_and_follows_its_seed(

@@ -32,6 +32,7 @@ class FakeCache:
 
 TOKENS, IDS, CLS = "image/dinov2-s@6/tokens", "text/minilm/ids", "teacher/dinov2-s/image/cls"
 LOGITS = "teacher/resnet50-a1/image/logits"
+OF_PAIRS = "text/beit3-pair/ids", "teacher/beit3-pair/pair/cls"
 LAYERS, TEXT_LAYERS = "teacher/dinov2-s/image/layers", "teacher/minilm/text/layers"
 
 
@@ -235,6 +236,17 @@ def test_unimodal_recipes_need_one_modality() -> None:
     assert required_fields(load_recipe("text-kd"), everything).needed() == (IDS, TEXT_LAYERS)  # type: ignore[arg-type]
 
 
+def test_ids_of_a_network_of_pairs_are_left_out_where_a_text_encoders_fit() -> None:
+    found = required_fields(load_recipe("ssmke"), cache(TOKENS, *OF_PAIRS, IDS, CLS))  # type: ignore[arg-type]
+    assert found.ids == IDS
+    found = required_fields(load_recipe("ssmke"), cache(TOKENS, *OF_PAIRS, CLS))  # type: ignore[arg-type]
+    assert found.ids == OF_PAIRS[0]  # and the student says why that cannot be
+    chosen = load_recipe("ssmke", [f"data.ids={OF_PAIRS[0]}"])
+    assert required_fields(chosen, cache(TOKENS, *OF_PAIRS, IDS, CLS)).ids == OF_PAIRS[0]  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"2 fields fit data\.ids: text/bert-base/ids, text/minilm/ids"):
+        required_fields(load_recipe("ssmke"), cache(TOKENS, *OF_PAIRS, IDS, "text/bert-base/ids", CLS))  # type: ignore[arg-type]
+
+
 def test_crops_go_through_the_only_image_network_the_cache_keeps() -> None:
     made = cache("image/crops-224", IDS, CLS, models=["dinov2-s", "minilm"])
     found = required_fields(load_recipe("ssmke", ["data.cut=3"]), made)  # type: ignore[arg-type]
@@ -317,6 +329,8 @@ def test_the_command_that_is_named_repeats_how_the_cache_was_made(tmp_path: Path
         (cache(TOKENS, LAYERS), "image-kd"),
         (cache(IDS, TEXT_LAYERS), "text-kd"),
         (cache(TOKENS, IDS, CLS, LAYERS, paired=False), "image-kd"),
+        (cache(TOKENS, IDS, *OF_PAIRS, CLS), "ssmke"),
+        (cache(TOKENS, *OF_PAIRS, CLS, LAYERS), "image-kd"),
     ],
 )
 def test_the_recipe_is_chosen_by_what_the_cache_has(made: FakeCache, expected: str) -> None:
@@ -328,3 +342,10 @@ def test_the_recipe_is_chosen_by_what_the_cache_has(made: FakeCache, expected: s
 def test_a_cache_that_no_recipe_fits_says_what_it_has() -> None:
     with pytest.raises(UsageError, match=r"no shipped recipe fits the fields of shards: teacher/dinov2-s/image/cls"):
         choose_recipe(cache(CLS))  # type: ignore[arg-type]
+    with pytest.raises(UsageError) as error:
+        choose_recipe(cache(TOKENS, *OF_PAIRS, CLS))  # type: ignore[arg-type]
+    assert message(error) == (
+        "UsageError: shards holds no token ids but text/beit3-pair/ids, of a network of pairs: no student's text side "
+        "starts from it | add those of a text network: emkum extract --cache shards --split train --data <tars> "
+        "--teacher <network> --text-encoder <text network> --encoder dinov2-s --cut 6"
+    )

@@ -188,10 +188,11 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize(
-    "names", [
+    "names",
+    [
         FieldNames(TOKENS, "tinyvit", 1, None, {"layers": LAYERS}),
         FieldNames(None, None, 0, "text/tinybert/ids", {"text_layers": TEXTS}),
-    ]
+    ],
 )
 def test_batches_of_blocks_hold_the_numbers_of_their_rows_and_each_block_is_read_once(
     path: Path, names: FieldNames

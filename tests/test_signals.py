@@ -285,6 +285,18 @@ def app(*args, **kwargs):
     assert ended.stdout == "in order\n"
 
 
+@pytest.mark.parametrize("made", ["SystemExit(3)", "BrokenPipeError()"])
+def test_a_signal_that_a_library_turns_into_an_end_of_its_own_is_said(made: str, tmp_path: Path) -> None:
+    app = f"""
+def app(*args, **kwargs):
+    try:
+        send()
+    except BaseException:
+        raise {made}
+"""
+    assert_interrupted(meeting(app, tmp_path))
+
+
 def test_a_signal_in_a_destructor_is_raised_behind_it(tmp_path: Path) -> None:
     app = """
 class Dying:

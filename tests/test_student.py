@@ -239,6 +239,16 @@ def test_a_convolutional_network_gives_no_blocks() -> None:
         build_student(pairs(), names(), network, text, None, 0)
 
 
+def test_a_network_of_pairs_gives_no_blocks() -> None:
+    """A Transformer, but of tokens that have seen both."""
+    text = Network(**{**vars(tiny_network("tinybert", "text")), "name": "fused-pair", "modality": "pair"})
+    with pytest.raises(UsageError, match="fused-pair is a network of pairs, which reads a caption with its") as error:
+        build_student(pairs(), names(), tiny_network("tinyvit", "image"), text, None, 0)
+    assert error.value.way_out == (
+        "add ids of a text network to the cache with emkum extract and --text-encoder, for example beit3-text"
+    )
+
+
 def test_masks_reach_the_attention_kernel_as_one_bool_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """Broadcast over heads and queries: the kernels that save memory take them so, and nothing of L x L is made."""
     from emkum.models import blocks

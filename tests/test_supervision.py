@@ -454,5 +454,5 @@ def test_the_command_refuses_with_two(tmp_path: Path, capsys: pytest.CaptureFixt
     assert cli.run([*words, "--teacher", "resnet50", "--label-free", "--allow-teacher", "resnet50"]) == 2
     shown = capsys.readouterr()
     assert "NoData" in shown.err
-    assert "taken by name whatever they learned from, on record: resnet50" in shown.out + shown.err
+    assert "taken by name whatever they learned from: resnet50; the fields this begins say so" in shown.out + shown.err
     assert not (tmp_path / "cache").exists()

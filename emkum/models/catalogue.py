@@ -59,7 +59,7 @@ def load_network(source: str, *, name: str | None = None, offline: bool | None =
         path_name = _name_of_path(found.path) + tower_suffix(tower)
         network = _read(found.path, found.place, "", path_name, tower, logits=found.logits)
     elif found.kind == "url":
-        fetched = _fetch_file(found.place, stay_offline, fetch.folder_of(found.place), found.sha256)
+        fetched = _fetch_file(found.place, stay_offline, fetch.folder_of(found.place), found.sha256, tower)
         pinned = f"#sha256={fetched.revision}" if found.place.startswith("http://") else ""  # as http:// must be named
         url_name = _name_of_path(fetched.path) + tower_suffix(tower)
         network = _read(fetched.path, found.place + pinned, fetched.revision, url_name, tower)
@@ -93,9 +93,9 @@ def _fetch_entry(entry: CatalogueEntry, asked: Source, offline: bool) -> tuple[f
         raise WeightsUnavailable(f"{entry.name} is read from the package {package and package.requirement}", install)
     if entry.source.startswith("https://"):
         folder = entry_folder(entry)
-        fetched = _fetch_file(entry.source, offline, folder, asked.sha256 or entry.sha256)
+        fetched = _fetch_file(entry.source, offline, folder, asked.sha256 or entry.sha256, entry.modality)
         for url in entry.companions:
-            fetch.from_url(url, offline, folder)
+            fetch.from_url(url, offline, folder, tower=None)
         return fetched, entry.source
     try:
         return fetch.from_hub(_pinned(entry.source, asked.revision or entry.revision), offline), entry.source
@@ -111,8 +111,8 @@ def entry_folder(entry: CatalogueEntry) -> str:
     return entry.source.rsplit("/", 2)[1] if shared else ""
 
 
-def _fetch_file(url: str, offline: bool, folder: str, sha256: str) -> fetch.Fetched:
-    fetched = fetch.from_url(url, offline, folder, sha256)
+def _fetch_file(url: str, offline: bool, folder: str, sha256: str, tower: Modality | None) -> fetch.Fetched:
+    fetched = fetch.from_url(url, offline, folder, sha256, "" if tower in (None, "image") else f"#{tower}")
     if fetched.path.suffix not in SUFFIXES:
         return fetched
     return replace(fetched, path=as_safetensors(fetched.path, fetched.revision))
@@ -141,7 +141,9 @@ def _read(
 ) -> Network:
     """The network in a folder or file of any kind we know. entry: one original file may hold networks of several."""
     if (path / MODEL_JSON).is_file():
-        return load_saved(path)
+        saved = load_saved(path)
+        require_tower(path, saved.modality, modality)
+        return saved
     if path.suffix == ".onnx":
         checkpoint = dinov2_onnx.open_onnx(path)
         return network_of(family_of(checkpoint), checkpoint, None, source, revision, name)
@@ -160,13 +162,18 @@ def _read(
     if unread or (logits and "logits" not in family_of(checkpoint, modality).default_targets):
         whole = network_of_folder(path, checkpoint, logits, source, revision, name)
         whole = replace(whole, supervision=judge_weights((source,), checkpoint, None).supervision)
-        if modality not in (None, whole.modality):
-            raise UnsupportedNetwork(f"{path} reads {whole.modality}, not {modality}", f"leave #{modality} out")
+        require_tower(path, whole.modality, modality)
         return whole
     family = family_of(checkpoint, modality)
     if family.modality == "audio" and (path / PREPROCESSOR).is_file():  # how a wave is normalised is part of its spec
         checkpoint.config = read_json(path / PREPROCESSOR) | checkpoint.config
     return network_of(family, checkpoint, path, source, revision, name)
+
+
+def require_tower(path: Path, found: Modality, asked: Modality | None) -> None:
+    """Raises UnsupportedNetwork where a folder of one network is named as another tower than it is."""
+    if asked not in (None, found):
+        raise UnsupportedNetwork(f"{path} reads {found}, not {asked}", f"leave #{asked} out, or name another folder")
 
 
 def network_of(

@@ -44,8 +44,8 @@ def convert(
     """Makes a folder of an original file: safetensors under emkum's names, model.json, the tokenizer, PROVENANCE.
 
     source: a file, or "FILE#text" for one of its towers. family: of several that recognise the file, or where none
-    does. tokenizer: a folder with the tokenizer of a text network, by default that of the file. Nothing in the file is
-    executed. `out` appears whole or not at all. Raises UsageError, UnsupportedNetwork or StorageFailure.
+    does. tokenizer: a folder with the tokenizer of a network that reads texts, by default that of the file. Nothing in
+    the file is executed. `out` appears whole or not at all. Raises UsageError, UnsupportedNetwork or StorageFailure.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -54,7 +54,7 @@ def convert(
     checkpoint = open_original(path)
     chosen = _family(checkpoint, family, tower)
     entry = judge_weights((read_source(source).place,), checkpoint, chosen).release
-    if tokenizer is not None and chosen.modality != "text":
+    if tokenizer is not None and chosen.modality not in ("text", "pair"):
         raise UsageError(f"--tokenizer for {path}, which reads {chosen.modality}", "leave it out")
     called = name or (entry.name if entry is not None else path.stem + tower_suffix(tower))
     origin = entry.source if entry is not None else path.name

@@ -148,18 +148,21 @@ def place_of(url: str, folder: str) -> Path:
     return weights_dir() / folder / urllib.parse.unquote(urllib.parse.urlsplit(url).path.rpartition("/")[2])
 
 
-def from_url(url: str, offline: bool = False, folder: str = "", sha256: str = "") -> Fetched:
+def from_url(url: str, offline: bool = False, folder: str = "", sha256: str = "", tower: str | None = "") -> Fetched:
     """The file behind `url`, fetched once into `weights_dir()` with its sha256 recorded in <file>.json beside it.
 
     folder: one of its own there, for files whose names say nothing of the network. sha256: that it must have; "" for
-    whatever it had when it was first fetched. A download that broke off goes on where it stopped.
+    whatever it had when it was first fetched. tower: what stands behind the file where it is named as a teacher, such
+    as "#text"; None: it is none, but lies beside one. A download that broke off goes on where it stopped.
     Raises WeightsUnavailable if it is not there and cannot be fetched, WeightsChanged if it is another file,
     StorageFailure if the disk refuses it.
     """
     path = place_of(url, folder)
     record = path.with_name(path.name + ".json")
     recorded = _read_record(record)
-    way_out = f"put the file at {path}, or name it or its folder, such as --teacher {path.name}"
+    way_out = f"put the file at {path}"
+    if tower is not None:
+        way_out += f", or name it or its folder, such as --teacher {path.name}{tower}"
     if not path.is_file():
         if offline or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
             raise WeightsUnavailable(f"{path.name} from {url}: working offline, and it is not at {path}", way_out)
@@ -173,7 +176,8 @@ def from_url(url: str, offline: bool = False, folder: str = "", sha256: str = ""
     if sha256 and found != sha256:
         raise WeightsChanged(
             f"{path} from {url} has sha256 {found}; {sha256} was asked for",
-            f"delete {path} and {record.name} to fetch it again; or name the file itself, such as --teacher {path}",
+            f"delete {path} and {record.name} to fetch it again; or name the file itself, such as --teacher "
+            f"{path}{tower or ''}",
         )
     if recorded.sha256 and found != recorded.sha256 and found != sha256:
         raise WeightsChanged(

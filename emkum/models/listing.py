@@ -44,6 +44,7 @@ HEADINGS: dict[Modality, str] = {
 }
 
 _COLOURS = {(IMAGENET_MEAN, IMAGENET_STD): "ImageNet", (CLIP_MEAN, CLIP_STD): "CLIP", (HALF, HALF): "0.5"}
+_TEXT_STEP = 16  # `emkum extract --max-tokens` takes multiples of it
 _SOUND_TOKENS = 50  # a second: 16,000 values, one token for 320 of them
 _LEGEND = (
     "shape: width/blocks/patch. crop: side in pixels, whose mean and deviation. In brackets: where files come from.",
@@ -305,7 +306,10 @@ def _of_path(source: Source) -> dict[str, Any]:
     """What the header of a file, or a folder's configuration and headers, tell."""
     path = source.path
     if (path / MODEL_JSON).is_file():
-        return _of_saved(path)
+        saved = _of_saved(path)
+        if source.tower not in (None, saved["modality"]):
+            saved["refused"] = f"it reads {saved['modality']}, not {source.tower}: leave #{source.tower} out"
+        return saved
     if path.suffix == ".onnx":
         checkpoint = dinov2_onnx.open_onnx(path)
         return _of_family(family_of(checkpoint), checkpoint, None)
@@ -430,10 +434,21 @@ def _seen(preprocessing: Preprocessing | None) -> dict[str, Any]:
     }
 
 
+def _text_positions(known: dict[str, Any]) -> int | None:
+    """The most tokens of a text that the network has positions for, if it reads texts and that is known."""
+    tokens, patch = int(known.get("tokens") or 0), int(known.get("patch") or 0)
+    if not tokens or known.get("modality") not in ("text", "pair"):
+        return None
+    return tokens - 1 - (int(known["size"]) // patch) ** 2 if known["modality"] == "pair" and patch else tokens
+
+
 def _extract_line(source: str, known: dict[str, Any]) -> str:
     """A command that extract takes: of what no student can start from, without inputs for one."""
     targets, modality = known.get("targets"), known.get("modality")
     line = f"emkum extract --teacher {shlex.quote(source)}" + (f" --targets {','.join(targets)}" if targets else "")
+    positions = _text_positions(known)
+    if positions is not None and positions < MAX_TOKENS:
+        line += f" --max-tokens {positions // _TEXT_STEP * _TEXT_STEP}"
     if modality == "image" and (known.get("whole") or known.get("depth") == 0):
         return f"{line} --encoder none"
     return f"{line} --text-encoder none" if known.get("whole") and modality == "text" else line

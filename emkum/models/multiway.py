@@ -270,16 +270,22 @@ class MultiwaySpec:
 
     def to_json(self) -> dict[str, Any]:
         """A dict of JSON types."""
-        of_pair = "family shared_attention num_fused modality kind"
+        of_pair = "family shared_attention num_fused pooled modality kind"
         towers = {"image": self.image.to_json(), "text": self.text.to_json()}
         return {key: value for key, value in spec_json(self, of_pair).items() if key not in towers} | towers
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> MultiwaySpec:
-        """The inverse of `to_json`. Raises UnsupportedNetwork for keys it does not know."""
+        """The inverse of `to_json`. Raises UnsupportedNetwork for unknown keys, and without `pooled`."""
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(found) - known):
             raise UnsupportedNetwork(f"an architecture with unknown keys {unknown}", "read it with a newer emkum")
+        if "pooled" not in found:  # VLMo's is the text's first token, which no default would say
+            raise UnsupportedNetwork(
+                f"a {found.get('family')} folder that does not say whose first token stands for the pair: it was made "
+                "by an earlier emkum",
+                "make it again from the original file: emkum teachers convert",
+            )
         towers = {name: BackboneSpec.from_json(found[name]) for name in EACH}
         return cls(**{key: value for key, value in found.items() if key != "kind"} | towers)
 

@@ -20,6 +20,7 @@ TOWERS: tuple[Modality, ...] = get_args(Modality)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
+_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".onnx", ".npz")  # what networks are kept in
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -142,7 +143,12 @@ def _url(source: str, place: str, tower: Modality | None) -> Source:
 
 
 def _unknown(place: str) -> UnknownNetwork:
-    if place.startswith((".", "~", os.sep)) or place.endswith(os.sep):
+    whole, _, mark = place.rpartition("#")
+    if whole and os.path.exists(os.path.expanduser(whole)):
+        return UnknownNetwork(f"{place}: there is no tower {mark}", f"towers are {', '.join(TOWERS)}")
+    path = Path(os.path.expanduser(place))
+    is_path = place.startswith((".", "~", os.sep)) or place.endswith(os.sep) or path.suffix in _FILES
+    if is_path or (path.parent != Path() and path.parent.is_dir()):
         return UnknownNetwork(f"{place} does not exist", "check the path")
     close = difflib.get_close_matches(place, CATALOGUE, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known names: {', '.join(CATALOGUE)}"

@@ -125,9 +125,10 @@ class Claims:
             self.store.sweep(living)
             yield
         except BaseException:
-            if is_new and self._is_bare(claim):
-                self.store.remove("zarr.json")
-                self._made = missing
+            with contextlib.suppress(StorageFailure):  # it is the other error that counts
+                if is_new and self._is_bare(claim):
+                    self.store.remove("zarr.json")
+                    self._made = missing
             raise
         finally:
             self._planning = None

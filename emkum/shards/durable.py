@@ -225,11 +225,17 @@ def create_file(path: Path, data: bytes, token: str = "0") -> bool:
     A network file system may carry the link out and lose the reply: what is there is read back and compared.
     A process that writes its first claim is unknown to others, which may sweep what it has not yet named.
     """
-    for _ in range(3):
-        with DurableFile(path, token) as file:
-            file.write(data)
-            if file.commit_new():
-                return True
+    for attempt in range(3):
+        try:
+            with DurableFile(path, token) as file:
+                file.write(data)
+                if file.commit_new():
+                    return True
+        except StorageFailure as error:
+            # Another process may remove an empty folder between the moment it is made and the first file in it.
+            if attempt < 2 and isinstance(error.__cause__, FileNotFoundError):
+                continue
+            raise
         if not file.swept:
             break
     with storage_errors(path):

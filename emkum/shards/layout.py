@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ RECORDS = "_emkum"
 ABSENT = 2**64 - 1  # offset and length of an absent chunk in a shard's index
 CROPS = re.compile(r"image/crops-(?P<size>[0-9]+)")  # the name of a field of crops, their side in pixels
 PAIRS = re.compile(r"teacher/[^/]+/pair/[^/]+")  # the name of a field of captions with their pictures
+_IDS = re.compile(r"text/([^/]+)/ids")
 
 Space = Literal["image", "text", "audio"]
 SPACES: tuple[Space, ...] = ("image", "text", "audio")
@@ -198,6 +200,16 @@ def object_path(field: FieldSpec, array: ArraySpec, block: int, view: int) -> st
 
 def field_record_path(field: str) -> str:
     return f"{RECORDS}/fields/{field}.json"
+
+
+def ids_of_texts(fields: Iterable[str]) -> list[str]:
+    """Of these fields, the token ids that a student's text side can start beside, sorted.
+
+    Not those made by the tokenizer of a network of pairs, one that has fields of pairs here: it is no text encoder.
+    """
+    names = list(fields)
+    of_pairs = {name.split("/")[1] for name in names if PAIRS.fullmatch(name)}
+    return sorted(name for name in names if (found := _IDS.fullmatch(name)) and found[1] not in of_pairs)
 
 
 def receipt_path(field: str, block: int, view: int) -> str:

@@ -207,6 +207,12 @@ def field_record_paths(store: Store, folder: str = f"{RECORDS}/fields") -> list[
     return found
 
 
+def read_field_records(store: Store) -> dict[str, dict[str, Any]]:
+    """The records of all fields, by name. Raises as `read_field_record`."""
+    records = (read_field_record(store, path) for path in field_record_paths(store))
+    return {str(record["field"]): record for record in records}
+
+
 def read_field_record(store: Store, path: str) -> dict[str, Any]:
     """A field's record. Raises CorruptCache for one that does not hold together."""
     try:

@@ -54,7 +54,10 @@ def new_defaults(writer: CacheWriter, fields: dict[str, PlannedField], new: Coll
         others = {other: writer.field_record(f"{before}/{other}") for other in TARGETS}
         weights = field.fingerprint.weights
         there = [o for o, record in others.items() if record and record["fingerprint"].get("weights") == weights]
-        if there:
+        if "logits-top" in there and name.endswith("/logits"):
+            top = (others["logits-top"] or {})["fingerprint"]["row_shape"][0] - 1
+            lines.append(f"new field {name} beside the {top} largest; --logits-top {top} goes on with those alone")
+        elif there:
             now = [other.rpartition("/")[2] for other in fields if other.startswith(f"{before}/")]
             lines.append(
                 f"new field {name} beside {', '.join(there)}: the default targets of {field.wanted.network} are now "

@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from emkum.errors import (
-    UsageError,
-)
-from emkum.models.passes import (
-    TARGETS,
-)
+from emkum.errors import UsageError
+from emkum.models.passes import TARGETS
 from emkum.models.supervision import Guard
 from emkum.models.targets import rule_from_text
 from emkum.shards.layout import (
@@ -20,9 +16,7 @@ from emkum.shards.layout import (
     TEXT_TILE,
     check_cache_name,
 )
-from emkum.shards.segments import (
-    check_split_name,
-)
+from emkum.shards.segments import check_split_name
 from emkum.shards.store import is_url
 from emkum.shards.tars import OnTruncated
 from emkum.shards.views import ViewPolicy
@@ -103,6 +97,11 @@ class ExtractConfig:
             rule_from_text(str(self.layers), modality)  # raises UsageError for what is no rule
         top = self.logits_top
         _require(top is None or top > 0, f"--logits-top {top}", "give how many of the largest logits to keep")
+        _require(
+            "logits-top" not in self.targets or top is not None,
+            f"--targets {','.join(self.targets)}",
+            "say how many of the largest logits to keep: --logits-top 5",
+        )
         crops = self.store_inputs == "crops"
         _require(
             self.store_inputs in ("tokens", "crops"),

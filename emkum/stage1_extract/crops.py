@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from emkum.errors import IncompleteCache, MissingField, UsageError
-from emkum.shards.layout import CROPS, FieldSpec
-from emkum.shards.ledger import field_record_paths, read_field_record
+from emkum.shards.layout import CROPS, FieldSpec, ids_of_texts
+from emkum.shards.ledger import read_field_records
 from emkum.shards.reader import Cache, Field
 from emkum.shards.store import Store
 from emkum.stage1_extract.config import DEFAULT_SIZE, ExtractConfig
@@ -19,8 +19,7 @@ def crops_spec(size: int) -> FieldSpec:
 
 def crop_sizes(store: Store) -> list[int]:
     """The sides of the crops that a cache keeps, ascending."""
-    names = (str(read_field_record(store, path)["field"]) for path in field_record_paths(store))
-    return sorted(int(found["size"]) for name in names if (found := CROPS.fullmatch(name)))
+    return sorted(int(found["size"]) for name in read_field_records(store) if (found := CROPS.fullmatch(name)))
 
 
 def chosen_size(store: Store, asked: int | None, makes_them: str) -> int:
@@ -67,7 +66,7 @@ def with_crops(config: ExtractConfig, store: Store, reads_pictures: bool = True)
     """
     size = config.size
     if size is None:  # that of the cache's other fields of pictures
-        records = [read_field_record(store, path)["fingerprint"].get("size") for path in field_record_paths(store)]
+        records = [record["fingerprint"].get("size") for record in read_field_records(store).values()]
         sizes = {size for size in records if size is not None}
         size = sizes.pop() if len(sizes) == 1 else None
     words = [f"emkum extract --cache {store.url} --split {config.split} --data <tars>"]
@@ -93,15 +92,10 @@ def with_crops(config: ExtractConfig, store: Store, reads_pictures: bool = True)
 
 
 def _text_encoder_of(store: Store) -> str:
-    """What `--text-encoder` takes to find the network whose token ids the cache has; "" for none or several.
-
-    A network of pairs, whose tokenizer may have made them, is no text encoder.
-    """
-    records = [read_field_record(store, path) for path in field_record_paths(store)]
-    found = [record for record in records if record["kind"] == "ids"]
+    """What `--text-encoder` takes to find the network whose token ids the cache has; "" for none or several."""
+    records = read_field_records(store)
+    found = ids_of_texts(records)
     if len(found) != 1:
         return ""
-    source, name = str(found[0]["environment"].get("source", "")), str(found[0]["field"]).split("/")[1]
-    if any(str(record["field"]).startswith(f"teacher/{name}/pair/") for record in records):
-        return ""
+    source, name = str(records[found[0]]["environment"].get("source", "")), found[0].split("/")[1]
     return name if not source or source.startswith("pypi:") else source

@@ -12,10 +12,7 @@ import PIL
 import torch
 
 import emkum
-from emkum.errors import (
-    UnsupportedNetwork,
-    UsageError,
-)
+from emkum.errors import UnsupportedNetwork, UsageError
 from emkum.models.audio_pass import AUDIO_OUTPUTS, AUDIO_TARGETS, AudioPass
 from emkum.models.backbone import Backbone, TextEmbedding
 from emkum.models.families.registry import CATALOGUE, family_named
@@ -77,6 +74,11 @@ def planned_fields(
     has_captions: bool,
     crops: Field | None,
 ) -> tuple[dict[str, PlannedField], FrozenPass | None, FrozenPass | None]:
+    """The fields of pictures alone and of captions alone, boxes, crops and ids among them, by name; their passes.
+
+    crops: where the pictures come from, if not from tars. A pass is None where no field needs a network.
+    Raises UsageError and UnsupportedNetwork for settings that a network cannot follow.
+    """
     fields: dict[str, PlannedField] = {}
     image_pass = text_pass = None
     if has_pictures and (networks.encoder or networks.image_teachers):
@@ -105,13 +107,11 @@ def planned_fields(
                 decoder=decoder,
             )
             fields[name] = PlannedField(spec, fingerprint, want, _environment(network, device, want.what))
-    if has_captions and networks.tokenizer is not None:
+    if has_captions and networks.tokenizer is not None and networks.ids is not None:
         source = networks.tokenizer
-        if source.tokenizer is None:
-            raise UnsupportedNetwork(f"{source.name} comes without a tokenizer", "give a folder that has one")
         _require_positions(config, source)
-        tokenizer_digest = hashlib.sha256(source.tokenizer).hexdigest()
-        ids = FieldSpec(f"text/{source.name}/ids", "ids", "int32", (config.max_tokens,))
+        tokenizer_digest = hashlib.sha256(networks.ids.tokenizer).hexdigest()
+        ids = FieldSpec(f"text/{networks.ids.name}/ids", "ids", "int32", (config.max_tokens,))
         fields[ids.name] = PlannedField(
             ids,
             Fingerprint("ids", "int32", ids.row_shape, tokenizer=tokenizer_digest, max_tokens=config.max_tokens),
@@ -127,7 +127,7 @@ def planned_fields(
             outputs = text_pass.texts(torch.zeros(1, config.max_tokens, dtype=torch.int64), mask)
             for (want, (name, kind)), output in zip(wanted.items(), outputs, strict=True):
                 network = text_pass.networks[want.network]
-                _require_same_tokenizer(network, source)
+                _require_same_tokenizer(network, networks)
                 spec = _spec(config, name, kind, want, output)
                 fingerprint = Fingerprint(
                     **_common(spec, network, want, text_pass.compute),
@@ -141,26 +141,20 @@ def planned_fields(
 def planned_pairs(
     config: ExtractConfig, networks: Networks, device: torch.device, writer: CacheWriter, crops: Field | None
 ) -> tuple[dict[str, PlannedField], PairPass | None]:
-    teachers, source = unique(networks.pair_teachers), networks.tokenizer
-    if not teachers or source is None:
+    """The fields of captions with their pictures, by name, and their pass; see `planned_fields`."""
+    teachers, ids = unique(networks.pair_teachers), networks.ids
+    if not teachers or ids is None:
         return {}, None
     wanted: dict[Wanted, tuple[str, Kind]] = {}
     for teacher in teachers:
-        _require_same_tokenizer(teacher, source)
+        _require_same_tokenizer(teacher, networks)
         _require_positions(config, teacher)
         multiway(teacher).image.grid(config.side, config.side)  # raises UsageError unless its patches fill the crops
-        targets = [target for target in _targets(config, teacher) if target in PAIR_TARGETS]
-        if not targets:
-            raise UsageError(
-                f"--targets {','.join(config.targets)} of {teacher.name}, which reads a caption with its picture",
-                f"choose from {', '.join(PAIR_TARGETS)}",
-            )
-        for target in targets:
+        for target in _targets_among(PAIR_TARGETS, config, teacher, "which reads a caption with its picture"):
             kind: Kind = "text_pooled" if target in ("cls", "mean") else "ragged"
             wanted[_wanted_of(config, teacher, target)] = (f"teacher/{teacher.name}/pair/{target}", kind)
     pair_pass = PairPass(teachers, list(wanted), _compute(config, device, writer, wanted), device)
     fields = {}
-    assert source.tokenizer is not None
     for want, (name, kind) in wanted.items():
         network = pair_pass.networks[want.network]
         shape = (network.width,) if kind == "text_pooled" else (config.max_tokens, network.width)
@@ -172,7 +166,7 @@ def planned_pairs(
             mean=network.preprocessing.mean,
             std=network.preprocessing.std,
             decoder=DECODER if crops is None else crops.fingerprint["decoder"],
-            tokenizer=hashlib.sha256(source.tokenizer).hexdigest(),
+            tokenizer=hashlib.sha256(ids.tokenizer).hexdigest(),
             max_tokens=config.max_tokens,
         )
         fields[name] = PlannedField(spec, fingerprint, want, _environment(network, device))
@@ -182,18 +176,13 @@ def planned_pairs(
 def planned_sounds(
     config: ExtractConfig, networks: Networks, device: torch.device, writer: CacheWriter
 ) -> tuple[dict[str, PlannedField], AudioPass | None]:
+    """The fields of sounds, by name, and their pass; see `planned_fields`."""
     teachers = unique(networks.audio_teachers)
     if not teachers:
         return {}, None
     wanted: dict[Wanted, tuple[str, Kind]] = {}
     for teacher in teachers:
-        targets = [target for target in _targets(config, teacher) if target in AUDIO_TARGETS]
-        if not targets:
-            raise UsageError(
-                f"--targets {','.join(config.targets)} of {teacher.name}, which hears sounds",
-                f"choose from {', '.join(AUDIO_TARGETS)}",
-            )
-        for target in targets:
+        for target in _targets_among(AUDIO_TARGETS, config, teacher, "which hears sounds"):
             kind: Kind = "audio_pooled" if target == "mean" else "audio_ragged"
             wanted[_wanted_of(config, teacher, target)] = (f"teacher/{teacher.name}/audio/{target}", kind)
     audio_pass = AudioPass(teachers, list(wanted), _compute(config, device, writer, wanted), device)
@@ -279,13 +268,7 @@ def _image_wanted(config: ExtractConfig, networks: Networks) -> dict[Wanted, tup
 def _text_wanted(config: ExtractConfig, networks: Networks) -> dict[Wanted, tuple[str, Kind]]:
     wanted: dict[Wanted, tuple[str, Kind]] = {}
     for teacher in networks.text_teachers:
-        targets = [target for target in _targets(config, teacher) if target in TEXT_TARGETS]
-        if not targets:
-            raise UsageError(
-                f"--targets {','.join(config.targets)} of {teacher.name}, a text network",
-                f"choose from {', '.join(TEXT_TARGETS)}",
-            )
-        for target in targets:
+        for target in _targets_among(TEXT_TARGETS, config, teacher, "a text network"):
             kind: Kind = "text_pooled" if target in ("cls", "mean") else "ragged"
             wanted[_wanted_of(config, teacher, target)] = (f"teacher/{teacher.name}/text/{target}", kind)
     return wanted
@@ -316,14 +299,30 @@ def _targets(config: ExtractConfig, teacher: Network) -> list[str]:
     return ["logits-top" if target == "logits" else target for target in chosen]
 
 
-def _require_same_tokenizer(teacher: Network, source: Network) -> None:
-    """Raises unless the teacher reads the ids that `source` makes."""
-    for network in (teacher, source):
-        if network.tokenizer is None:
-            raise UnsupportedNetwork(f"{network.name} comes without a tokenizer", "give a folder that has one")
-    assert teacher.tokenizer is not None
+def _targets_among(allowed: Sequence[str], config: ExtractConfig, teacher: Network, what: str) -> list[str]:
+    """`_targets`, without those that other teachers of the run have. what: the teacher is, in words."""
+    chosen = [target for target in _targets(config, teacher) if target in allowed]
+    if not chosen:
+        raise UsageError(
+            f"--targets {','.join(config.targets)} of {teacher.name}, {what}", f"choose from {', '.join(allowed)}"
+        )
+    return chosen
+
+
+def _require_same_tokenizer(teacher: Network, networks: Networks) -> None:
+    """Raises unless the teacher reads the ids that the run makes."""
+    if teacher.tokenizer is None:
+        raise UnsupportedNetwork(f"{teacher.name} comes without a tokenizer", "give a folder that has one")
+    source = networks.tokenizer
+    assert source is not None
     assert source.tokenizer is not None
-    if keys := differing_tokenizers(teacher.tokenizer, source.tokenizer):
+    keys = differing_tokenizers(teacher.tokenizer, source.tokenizer)
+    if keys and any(source is other for other in networks.teachers):
+        raise UsageError(
+            f"teachers {source.name} and {teacher.name} have different tokenizers: they differ in {', '.join(keys)}",
+            "extract them in two commands",
+        )
+    if keys:
         raise UsageError(
             f"teacher {teacher.name} and text encoder {source.name} have different tokenizers: they differ "
             f"in {', '.join(keys)}",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from emkum.errors import (
     CorruptCache,
@@ -18,16 +19,13 @@ from emkum.errors import (
 from emkum.models.backbone import Modality
 from emkum.models.catalogue import load_network
 from emkum.models.network import Network, network_files
-from emkum.models.passes import (
-    num_prenet,
-)
+from emkum.models.passes import num_prenet
+from emkum.models.tokenizer import differing as differing_tokenizers
 from emkum.models.whole import WholeNetwork
-from emkum.shards.layout import (
-    check_cache_name,
-    model_dir,
-)
+from emkum.shards.layout import check_cache_name, model_dir
+from emkum.shards.ledger import read_field_records
 from emkum.shards.sounds import require_decoder
-from emkum.shards.store import exists
+from emkum.shards.store import Store, exists
 from emkum.shards.strict_json import loads
 from emkum.shards.writer import CacheWriter
 from emkum.stage1_extract.config import Cut, ExtractConfig
@@ -36,17 +34,33 @@ DEFAULT_TEXT_ENCODER = "bert-base"
 
 
 @dataclass(frozen=True)
+class Ids:
+    """The token ids of a run, `text/<name>/ids`, and the tokenizer.json that makes them."""
+
+    name: str
+    tokenizer: bytes
+
+
+@dataclass(frozen=True)
 class Networks:
     encoder: Network | None  # images
     text_encoder: Network | None
     teachers: tuple[Network, ...]
+    ids: Ids | None = None  # see `with_ids`
 
     @property
     def tokenizer(self) -> Network | None:
-        """The network whose tokenizer makes the ids."""
+        """The network whose tokenizer makes the ids, unless those of the cache do."""
         if self.text_encoder is not None:
             return self.text_encoder
         return next(iter([*self.text_teachers, *self.pair_teachers]), None)
+
+    @property
+    def kept(self) -> list[Network]:
+        """Those that the cache keeps: what a student starts from, and what makes the ids."""
+        source = self.tokenizer
+        makes_ids = source is not None and self.ids is not None and self.ids.name == source.name
+        return [network for network in (self.encoder, source if makes_ids else None) if network is not None]
 
     @property
     def text_teachers(self) -> list[Network]:
@@ -162,6 +176,51 @@ def completed(networks: Networks, config: ExtractConfig, has_pictures: bool, has
     return Networks(encoder if has_pictures else None, text_encoder if has_captions else None, networks.teachers)
 
 
+def with_ids(networks: Networks, config: ExtractConfig, store: Store) -> Networks:
+    """Settles whose ids the run writes: those of the network that has the tokenizer.
+
+    Where that is a network of pairs, from which no student's text side starts, and the cache holds the same ids of
+    another network, the run goes on with these. Raises UnsupportedNetwork for a network without a tokenizer.
+    """
+    source = networks.tokenizer
+    if source is None:
+        return networks
+    if source.tokenizer is None:
+        raise UnsupportedNetwork(f"{source.name} comes without a tokenizer", "give a folder that has one")
+    ids = _ids_of_cache(source.name, source.tokenizer, config.max_tokens, store) if source.modality == "pair" else None
+    return replace(networks, ids=ids or Ids(source.name, source.tokenizer))
+
+
+def _ids_of_cache(teacher: str, tokenizer: bytes, max_tokens: int, store: Store) -> Ids | None:
+    """The cache's ids of as many positions that a tokenizer equal to this one made, if it has such.
+
+    Of several those that fields of the teacher were made with, then its own: what is there is gone on with.
+    """
+    records = read_field_records(store)
+    fields = [record for name, record in records.items() if name.startswith(f"teacher/{teacher}/pair/")]
+    in_use = {record["fingerprint"].get("tokenizer") for record in fields}
+    found: dict[tuple[bool, bool, str], Ids] = {}
+    for field, record in records.items():
+        if record["kind"] != "ids" or record["fingerprint"].get("max_tokens") != max_tokens:
+            continue
+        name, digest = field.split("/")[1], str(record["fingerprint"].get("tokenizer"))
+        known = tokenizer if _sha256(tokenizer) == digest else _kept_tokenizer(store, name, digest)
+        if known is not None and not differing_tokenizers(tokenizer, known):
+            found[digest not in in_use, name != teacher, name] = Ids(name, known)
+    return found[min(found)] if found else None
+
+
+def _kept_tokenizer(store: Store, name: str, digest: str) -> bytes | None:
+    """The tokenizer that the cache keeps with this network, if it is the one of this digest."""
+    path = f"{model_dir(name)}/tokenizer.json"
+    content = store.read(path) if exists(store, path) else b""
+    return content if _sha256(content) == digest else None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def require_pairs(networks: Networks, has_pairs: bool) -> None:
     """Raises NoData if there are teachers of pairs, and no caption has a picture."""
     if networks.pair_teachers and not has_pairs:
@@ -227,12 +286,10 @@ def _default_text_encoder() -> Network:
 def keep_networks(writer: CacheWriter, networks: Networks) -> None:
     """Stores the frozen encoders in the cache, so that training needs nothing else."""
     store = writer.store
-    for network in (networks.encoder, networks.tokenizer):
-        if network is None:
-            continue
+    for network in networks.kept:
         record = f"{model_dir(network.name)}/model.json"
         if not exists(store, record):
-            needed = sum(tensor.numel() * 4 for tensor in network.backbone.state_dict().values())
+            needed = num_bytes(network)
             free = store.free_bytes()
             if free is not None and needed > free:
                 raise StorageFailure(
@@ -255,6 +312,11 @@ def keep_networks(writer: CacheWriter, networks: Networks) -> None:
                 f"{network.weights_sha256[:12]}..." + (", another shape" if weights == network.weights_sha256 else ""),
                 "give this network another name with --name or in its config, or write to another folder with --cache",
             )
+
+
+def num_bytes(network: Network) -> int:
+    """What its parameters take in the cache."""
+    return sum(tensor.numel() * 4 for tensor in network.backbone.state_dict().values())
 
 
 def unique(networks: Sequence[Network | None]) -> list[Network]:

@@ -6,20 +6,15 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from emkum.errors import StorageFailure
 from emkum.models.audio_pass import AudioPass
 from emkum.models.pair_pass import PairPass
-from emkum.models.passes import (
-    FrozenPass,
-    chosen_device,
-)
+from emkum.models.passes import FrozenPass, chosen_device
+from emkum.shards.audit import readable_bytes
 from emkum.shards.claims import Claims
-from emkum.shards.layout import (
-    Space,
-)
+from emkum.shards.layout import Space, model_dir
 from emkum.shards.ledger import Receipt
 from emkum.shards.reader import Field
 from emkum.shards.segments import (
@@ -30,7 +25,7 @@ from emkum.shards.segments import (
     require_same_views,
     require_split,
 )
-from emkum.shards.store import Store, open_store
+from emkum.shards.store import Store, exists, open_store
 from emkum.shards.tars import SourceTar, find_tars
 from emkum.shards.writer import CacheWriter, read_root, require_cache_or_empty
 from emkum.stage1_extract.agreement import check_record, new_defaults
@@ -49,11 +44,14 @@ from emkum.stage1_extract.networks import (
     completed,
     keep_networks,
     load_networks,
+    num_bytes,
     require_pairs,
     require_sounds,
+    with_ids,
 )
 from emkum.stage1_extract.scans import ScanMemory
 from emkum.stage1_extract.sources import (
+    blocks_of_pictures,
     contents,
     contents_of_split,
     has_pairs,
@@ -168,9 +166,13 @@ def survey(config: ExtractConfig) -> Survey:
         has_pictures, has_captions, has_sounds = contents(config, known, tars, segments)
     networks = completed(networks, config, has_pictures, has_captions)
     if networks.pair_teachers:
-        names = {os.path.basename(path) for path in known}
-        here = [s for s in segments if config.from_crops or any(source.tar in names for source in s.sources)]
-        require_pairs(networks, has_pairs(tars, [s for s in here if s.split == config.split], store))
+        names = {os.path.basename(path) for path in known}  # also of another split: make_plan says so
+        read = [
+            s
+            for s in segments
+            if (s.split == config.split if config.from_crops else any(source.tar in names for source in s.sources))
+        ]
+        require_pairs(networks, has_pairs(tars, read, store))
     require_sounds(networks, config, has_sounds)
     return Survey(config, store, device, paths, known, tars, networks, memory, has_pictures, has_captions, has_sounds)
 
@@ -217,6 +219,7 @@ def make_plan(
     if any(sample.picture for tar in fresh for sample in tar.samples):
         require_same_views(writer.segments, config.split, config.policy)
     crops = open_crops(found.store, config.side) if config.from_crops and found.has_pictures else None
+    networks = with_ids(networks, config, found.store)
     fields, image_pass, text_pass = planned_fields(
         config, networks, found.device, writer, found.has_pictures, found.has_captions, crops
     )
@@ -233,7 +236,7 @@ def make_plan(
     receipts = {name: writer.receipts(name) for name in fields}
     new = {name for name, found in receipts.items() if not found and writer.field_record(name) is None}
     notes = () if config.targets else tuple(new_defaults(writer, fields, new))
-    notes += _about_ids(networks)
+    notes += _about_pairs(networks, found.store)
     read = {}
     if crops is not None:
         crops = open_crops(found.store, config.side)  # again: of its blocks, too, some may have been cleared
@@ -243,8 +246,12 @@ def make_plan(
     if config.from_crops:
         names = {source.tar for segment in writer.segments for source in segment.sources}
     where = {os.path.basename(path): path for path in found.paths}
-    tokenizer = networks.tokenizer.tokenizer if networks.tokenizer else None
+    tokenizer = networks.ids.tokenizer if networks.ids else None
     segments = segments_of(writer, config.split, names)
+    if any(field.spec.space == "image" or field.is_of_pairs for field in fields.values()):
+        require_same_views(segments, config.split, config.policy)
+    if not config.from_crops:
+        require_tars(segments, where, memory)
     tasks = _tasks(config, writer.rows_per_block, fields, segments, receipts)
     if crops is not None:
         places = {(task.block, task.view) for task in tasks if fields[task.fields[0]].spec.space == "image"}
@@ -261,10 +268,6 @@ def make_plan(
         writer.append_segment(config.split, config.policy, fresh)
     memory.remember(tars)
     segments = segments_of(writer, config.split, names)
-    if any(field.spec.space == "image" or field.is_of_pairs for field in fields.values()):
-        require_same_views(segments, config.split, config.policy)
-    if not config.from_crops:
-        require_tars(segments, where, memory)
     tasks = _tasks(config, writer.rows_per_block, fields, segments, receipts)
     missing = {name for task in tasks for name in task.fields}
     image_pass, text_pass = (narrowed(p, fields, missing) for p in (image_pass, text_pass))
@@ -294,12 +297,16 @@ def make_plan(
     )
 
 
-def _about_ids(networks: Networks) -> tuple[str, ...]:
-    """A line if the student's pictures are written, and ids that only a network of pairs goes with."""
-    source = networks.tokenizer
-    if networks.encoder is None or source is None or source.modality != "pair":
-        return ()
-    return (f"text/{source.name}/ids: no student's text side starts from {source.name}: name a --text-encoder for it",)
+def _about_pairs(networks: Networks, store: Store) -> tuple[str, ...]:
+    """Of a network of pairs that makes the ids: what it takes, and that no student's text side starts from it."""
+    lines = []
+    for name, network in ((network.name, network) for network in networks.kept if network.modality == "pair"):
+        if not exists(store, f"{model_dir(name)}/model.json"):
+            size = readable_bytes(num_bytes(network))
+            lines.append(f"the cache keeps the network {name}, whose tokenizer makes the ids, whole: {size}")
+        if networks.encoder is not None:
+            lines.append(f"text/{name}/ids: no student's text side starts from {name}: name a --text-encoder for it")
+    return tuple(lines)
 
 
 def _command_with_crops(config: ExtractConfig, store: Store, networks: Networks) -> str:
@@ -340,8 +347,8 @@ def _blocks_of_pictures(
         if task.segment is not segment:
             segment, rows = task.segment, read_captions(store, task.segment)["image_row"]
         assert rows is not None
-        here = rows.slice(task.first_row - task.segment.text.first_row, task.rows).drop_null().to_numpy()
-        found |= {(block, 0) for block in np.unique(here // rows_per_block).tolist()}
+        here = rows.slice(task.first_row - task.segment.text.first_row, task.rows)
+        found |= {(block, 0) for block in blocks_of_pictures(here, rows_per_block)}
     return found
 
 

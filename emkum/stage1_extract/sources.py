@@ -6,6 +6,9 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+import numpy as np
+import pyarrow as pa
+
 from emkum.errors import CorruptCache, IdentityMismatch, NoData, SourceChanged
 from emkum.shards.ledger import Receipt
 from emkum.shards.segments import Segment, new_sources, read_captions
@@ -62,6 +65,12 @@ def has_pairs(tars: Sequence[SourceTar], segments: Sequence[Segment], store: Sto
         return True
     of_captions = (read_captions(store, segment)["image_row"] for segment in segments if segment.text.rows)
     return any(column.null_count < len(column) for column in of_captions)
+
+
+def blocks_of_pictures(image_rows: pa.ChunkedArray, rows_per_block: int) -> list[int]:
+    """The blocks of the pictures that captions with these image rows, some of them null, belong to; ascending."""
+    found: list[int] = np.unique(image_rows.drop_null().to_numpy() // rows_per_block).tolist()
+    return found
 
 
 def contents_of_split(config: ExtractConfig, segments: Sequence[Segment], store: Store) -> tuple[bool, bool]:

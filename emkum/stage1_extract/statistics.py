@@ -24,6 +24,7 @@ from emkum.stage1_extract.plan import Plan, Task
 from emkum.stage1_extract.quarantine import WORDS
 from emkum.stage1_extract.scans import ScanMemory
 from emkum.stage1_extract.sounds import SoundStream, ears_of, waves
+from emkum.stage1_extract.sources import blocks_of_pictures
 
 STATISTICS_ROWS = 512  # samples that mean and std are taken from, evenly spread over one segment
 PIECE = 16  # of them in a row
@@ -131,10 +132,9 @@ def _has_pictures(plan: Plan, segment: Segment) -> bool:
 
 def _has_pairs(plan: Plan, segment: Segment) -> bool:
     """Whether there are captions with a picture, and all of these can be read now."""
-    image_rows = read_captions(plan.store, segment)["image_row"].drop_null().to_numpy()
+    blocks = blocks_of_pictures(read_captions(plan.store, segment)["image_row"], plan.writer.rows_per_block)
     if plan.crops is None:
-        return bool(len(image_rows)) and _has_pictures(plan, segment)
-    blocks = np.unique(image_rows // plan.writer.rows_per_block).tolist()
+        return bool(blocks) and _has_pictures(plan, segment)
     return bool(blocks) and all((block, 0) in plan.crops.receipts for block in blocks)
 
 
@@ -223,6 +223,8 @@ def _measure_pairs(plan: Plan, moments: dict[str, _Moments], threads: int) -> No
     stream = CaptionStream(plan.store, tasks, PIECE, picture_source(plan), threads=threads)
     try:
         for batch in stream:
+            if not batch.paired:  # most lie between two pairs where few captions have a picture
+                continue
             inputs = pair_inputs(batch, *_ids_of(plan, batch), plan.pair_pass.device)
             if inputs is not None:
                 names = [f"{tar}/{key}" for tar, key in (batch.samples[i] for i, _ in batch.paired)]

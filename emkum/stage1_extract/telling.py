@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from emkum.models.passes import FrozenPass
 from emkum.shards.audit import readable_bytes
-from emkum.shards.layout import Space
+from emkum.shards.layout import Space, ids_of_texts
+from emkum.shards.ledger import read_field_records
 from emkum.stage1_extract.plan import Plan, Task
 from emkum.stage1_extract.quarantine import WORDS, Quarantine
 
@@ -218,9 +219,16 @@ def closing_lines(plan: Plan, bad: Quarantine, result: ExtractResult) -> list[st
         f"in {duration(result.seconds)} ({rate:,.0f} rows/s)",
     ]
     rest = [f for f in plan.fields.values() if f.spec.space != "audio" and f.spec.kind not in ("ids", "boxes")]
-    if plan.config.split == "train" and not all(f.is_of_pairs for f in rest):  # no recipe trains on sounds or on pairs
+    trains = not all(f.is_of_pairs for f in rest) and _has_ids_of_texts(plan)  # no recipe reads sounds or pairs
+    if plan.config.split == "train" and trains:
         lines.append(f"next: emkum train --cache {plan.config.cache}")
     return lines
+
+
+def _has_ids_of_texts(plan: Plan) -> bool:
+    """Whether a student's text side can start beside the ids of the cache, where it has any."""
+    names = list(read_field_records(plan.store))
+    return bool(ids_of_texts(names)) or not any(name.startswith("text/") for name in names)
 
 
 def _conservation(plan: Plan, bad: Quarantine, space: Space) -> list[str]:

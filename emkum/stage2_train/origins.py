@@ -215,7 +215,13 @@ def _run(wanted: str, runs: dict[str, EarlierRun]) -> EarlierRun:
 
 
 def transformer(network: Network) -> Backbone:
-    """The network's Transformer. Raises UsageError for a convolutional one, which has no blocks to give."""
+    """The network's Transformer. Raises UsageError for one of pairs, or a convolutional one: they have none to give."""
+    if network.modality == "pair":
+        raise UsageError(
+            f"{network.name} is a network of pairs, which reads a caption with its picture: no student can start from "
+            "its blocks",
+            "add ids of a text network to the cache with emkum extract and --text-encoder, for example beit3-text",
+        )
     if not isinstance(network.backbone, Backbone):
         raise UsageError(
             f"{network.name} is a {network.family}, not a Transformer: no student can start from its blocks",

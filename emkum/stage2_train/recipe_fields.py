@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from emkum.errors import MissingCaptions, MissingField, UsageError
-from emkum.shards.layout import CROPS
+from emkum.shards.layout import CROPS, ids_of_texts
 from emkum.stage2_train.recipe import DataRecipe, Recipe, compared_role, override_value, target_roles
 
 if TYPE_CHECKING:
@@ -229,6 +229,8 @@ def _choose(
             )
         return wanted
     fitting = sorted(name for name in cache.fields if pattern.fullmatch(name))
+    if pattern is IDS:
+        fitting = ids_of_texts(cache.fields) or fitting
     if len(fitting) == 1:
         return fitting[0]
     if not fitting:
@@ -256,6 +258,7 @@ def extract_command(cache: Cache, split: str, flags: str) -> str:
         flags = f"--teacher <network> {flags}"
     asks_for_inputs = "--cut" in flags or "--store-inputs" in flags
     from_crops = any(CROPS.fullmatch(name) for name in cache.fields) and not asks_for_inputs
+    text_encoders = ids_of_texts(cache.fields)
     source = "--from-crops" if from_crops else "--data <tars>"
     words = [f"emkum extract --cache {cache.path} --split {split} {source} {flags}"]
     for name, cached in cache.fields.items():
@@ -264,7 +267,7 @@ def extract_command(cache: Cache, split: str, flags: str) -> str:
         if (found := TOKENS.fullmatch(name)) and not asks_for_inputs and not from_crops:
             words.append(f"--encoder {_loadable(record, found['network'])} --cut {found['cut']}")
             words += [f"--size {size}"] if size else []
-        if (found := IDS.fullmatch(name)) and "--text-encoder" not in flags:
+        if name in text_encoders and (found := IDS.fullmatch(name)) and "--text-encoder" not in flags:
             words.append(f"--text-encoder {_loadable(record, found['network'])}")
             words += [f"--max-tokens {max_tokens}"] if max_tokens else []
     return " ".join(words)
@@ -310,27 +313,32 @@ def choose_recipe(cache: Cache, overrides: Sequence[str] = ()) -> tuple[str, str
         for key, pattern in {
             "tokens": TOKENS,
             "crops": CROPS,
-            "ids": IDS,
             "cls": ROLES["cls"],
             "logits": ROLES["logits"],
             "layers": ROLES["layers"],
             "text_layers": ROLES["text_layers"],
         }.items()
     }
-    inputs = has["tokens"] or has["crops"]
+    inputs, ids = has["tokens"] or has["crops"], ids_of_texts(names)
     splits = [text for path, _, text in (override.partition("=") for override in overrides) if path == "data.split"]
     split = str(override_value(splits[-1].strip())) if splits else DataRecipe.split
-    pairs = inputs and has["ids"] and split in cache.splits and has_paired_captions(cache, split)
+    pairs = inputs and ids and split in cache.splits and has_paired_captions(cache, split)
     if pairs and has["cls"]:
         return "ssmke", "the cache has picture-caption pairs and a teacher's image CLS"
     if pairs and has["logits"]:
         return "shre-transformer", "the cache has picture-caption pairs and a teacher's class logits"
     if inputs and has["layers"]:
         return "image-kd", "the cache has image inputs and a teacher's layers at all tokens"
-    if has["ids"] and has["text_layers"]:
+    if ids and has["text_layers"]:
         return "text-kd", "the cache has token ids and a text teacher's layers"
     if pairs:
         return "itc-only", "the cache has picture-caption pairs and no teacher targets"
+    if inputs and not ids and (of_pairs := [name for name in names if IDS.fullmatch(name)]):
+        raise UsageError(
+            f"{cache.path} holds no token ids but {_listed(of_pairs)}, of a network of pairs: no student's text side "
+            "starts from it",
+            f"add those of a text network: {extract_command(cache, split, '--text-encoder <text network>')}",
+        )
     if names and all(re.fullmatch(r"teacher/[^/]+/audio/.+", name) for name in names):
         raise UsageError(
             f"{cache.path} holds targets of sounds only: {_listed(names)}",

@@ -22,6 +22,7 @@ from emkum.models.families.checkpoint import Checkpoint, KeyMap, Shapes, refuse_
 from emkum.models.families.family import CatalogueEntry, Family
 from emkum.models.multiway import MultiwaySpec
 from emkum.models.preprocessing import HALF, Preprocessing
+from emkum.models.tokenizer import MAX_TOKENS
 
 Sources = dict[str, str | tuple[str, ...]]
 Changes = dict[str, Callable[[Tensor], Tensor]]
@@ -293,10 +294,11 @@ def _ends(ours: str, theirs: str) -> Sources:
 _RELEASE = "https://github.com/wenhui0924/vlmo_ckpts/releases/download/vlmo/vlmo_"
 _TOKENIZER = "https://huggingface.co/google-bert/bert-base-uncased/resolve/main/tokenizer.json"
 _SIZES = {"vlmo": ("base", 768, 12), "vlmo-base-plus": ("base_plus", 544, 24), "vlmo-large": ("large", 1024, 24)}
-_PAIR_TEXT = 40  # tokens of a text in the training on pairs, and of base_plus's table of positions
+_PLUS_TEXT = 40  # rows of base_plus's table of positions, which is of the training on pairs
 
 
-def _entries(tower: str, tokens: int, patch: int = 0) -> tuple[CatalogueEntry, ...]:
+def _entries(tower: str, num_pictures: int, longest: int = 0, patch: int = 0) -> tuple[CatalogueEntry, ...]:
+    """num_pictures: tokens of a picture; longest: of a text, where the table of positions has no fewer."""
     return tuple(
         CatalogueEntry(
             f"{name}{tower}",
@@ -306,7 +308,7 @@ def _entries(tower: str, tokens: int, patch: int = 0) -> tuple[CatalogueEntry, .
             width,
             depth,
             patch=patch,
-            tokens=_PAIR_TEXT if (tower, file) == ("-text", "base_plus") else tokens,
+            tokens=num_pictures + (_PLUS_TEXT if file == "base_plus" else longest) if tower else num_pictures,
             notes="started from a BEiT that was fine-tuned with ImageNet's labels",
             companions=(_TOKENIZER,) if tower else (),
         )
@@ -324,7 +326,7 @@ FAMILIES = (
         key_map=image_key_map,
         preprocessing=Preprocessing(mean=HALF, std=HALF),
         recognises=recognises,
-        entries=_entries("", tokens=197, patch=16),
+        entries=_entries("", 197, patch=16),
     ),
     Family(
         name="vlmo-text",
@@ -335,7 +337,7 @@ FAMILIES = (
         key_map=text_key_map,
         recognises=recognises,
         default_targets=("cls", "patches"),
-        entries=_entries("-text", tokens=TEXT_ROWS),
+        entries=_entries("-text", 0, TEXT_ROWS),
     ),
     Family(
         name="vlmo-pair",
@@ -348,6 +350,6 @@ FAMILIES = (
         recognises=recognises,
         spec=MultiwaySpec,
         default_targets=("cls", "layers"),
-        entries=_entries("-pair", tokens=197 + _PAIR_TEXT, patch=16),
+        entries=_entries("-pair", 197, MAX_TOKENS, patch=16),
     ),
 )

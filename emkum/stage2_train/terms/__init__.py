@@ -1,2 +1,1 @@
-"""The terms of the loss as modules: what each reads of a batch, learns and remembers, around the pure functions of
-objectives/."""
+"""The terms of the loss as modules: what each reads, learns and remembers, around the functions of objectives/."""
