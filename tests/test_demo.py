@@ -142,7 +142,7 @@ def test_the_commands_shown_are_those_that_ran(finished: Finished) -> None:
     lines = finished.lines
     train = next(shlex.split(line.strip()[2:]) for line in lines if "$ emkum train" in line)
     info = json.loads(Path("out/runs/ssmke/run.json").read_text())
-    assert info["recipe"]["training"] == {"epochs": 2, "batch": 8, "accumulate": 1}
+    assert info["recipe"]["training"] == {"epochs": 2, "batch": 8, "accumulate": 1, "ema": 0.0}
     for flag, value in (("--cache", "out/shards"), ("--recipe", "ssmke"), ("--run-dir", "out/runs/ssmke")):
         assert train[train.index(flag) + 1] == value
     assert [train[i + 1] for i, word in enumerate(train) if word == "--set"] == [
