@@ -401,11 +401,13 @@ def test_a_block_that_a_dead_process_left_untrue_is_done_again_by_the_same_comma
     store = LocalStore(config.cache)
     name = next(n for n in whole if n.startswith("teacher/vit/image/cls/values/c.1."))
     (config.cache / name).write_bytes(whole[name][::-1])
-    left = Claims(store).take("image-000001-0")
+    claims = Claims(store)
+    left = claims.take("image-000001-0")
     assert left is not None
     record = json.loads(store.read(left.path))
     store.write(left.path, json.dumps(record | {"pid": 2**22 + 1}).encode())  # no process has such a number
     lines = quiet(config)
+    claims.__exit__(None, None, None)  # its heartbeat ends
     assert any("to extract" in line for line in lines), lines
     assert objects(config.cache) == whole
     assert not list((config.cache / "_emkum/claims").iterdir())

@@ -12,6 +12,7 @@ from tiny_cache import make_cache
 
 from emkum.errors import EmkumError, MissingCaptions, MissingField, UnknownRecipe, UsageError
 from emkum.shards.reader import Cache
+from emkum.stage2_train.fits import check_live
 from emkum.stage2_train.recipe import RECIPES_DIR, load_recipe, recipe_from_table, shipped_recipes
 from emkum.stage2_train.recipe_fields import FieldNames, choose_recipe, required_fields
 
@@ -349,3 +350,9 @@ def test_a_cache_that_no_recipe_fits_says_what_it_has() -> None:
         "starts from it | add those of a text network: emkum extract --cache shards --split train --data <tars> "
         "--teacher <network> --text-encoder <text network> --encoder dinov2-s --cut 6"
     )
+
+
+def test_layers_of_pairs_come_from_the_cache_alone() -> None:
+    with pytest.raises(UsageError, match=r"--live with teacher/beit3-pair/pair/layers: networks of pairs are run by"):
+        check_live(FieldNames(targets={"pair_layers": "teacher/beit3-pair/pair/layers"}))
+    check_live(FieldNames(targets={"layers": LAYERS, "text_layers": TEXT_LAYERS}))

@@ -23,6 +23,14 @@ from emkum.shards.reader import Cache
 from emkum.shards.shard_files import VERIFY, ReadThreads, Verify, machine_memory_bytes
 from emkum.stage2_train.augment import check_student
 from emkum.stage2_train.averaging import start_average
+from emkum.stage2_train.fits import (
+    check_classes,
+    check_live,
+    check_rule,
+    check_target_shapes,
+    check_tokenizer,
+    target_width_of,
+)
 from emkum.stage2_train.live import LiveSource
 from emkum.stage2_train.loader import BatchSource, CachedSource, Prefix, other_layers_rule
 from emkum.stage2_train.losses import students_rule
@@ -30,7 +38,7 @@ from emkum.stage2_train.mixing import SPARE_BLOCKS, blocks_held
 from emkum.stage2_train.order import Shuffle, TrainOrder
 from emkum.stage2_train.pixels import batch_norm_line, check_chunk, check_layers, pixel_input
 from emkum.stage2_train.ranks import Ranks, check_devices
-from emkum.stage2_train.recipe import Recipe, compared_role, load_recipe, recipe_from_table
+from emkum.stage2_train.recipe import Recipe, load_recipe, recipe_from_table
 from emkum.stage2_train.recipe_fields import FieldNames, choose_recipe, required_fields
 from emkum.stage2_train.replay import Replay
 from emkum.stage2_train.resume import check_same_run, continue_command, run_identity, start_command
@@ -170,11 +178,11 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None, ranks: Rank
 
     image_network = load_saved(cache.model_dir(names.encoder)) if names.encoder else None
     text_network = load_saved(cache.model_dir(names.text_encoder)) if names.text_encoder else None
-    _check_tokenizer(cache, names)
-    _check_target_shapes(cache, names, image_network, text_network)
-    target_width = _target_width(cache, recipe, names)
+    check_tokenizer(cache, names)
+    check_target_shapes(cache, names, image_network, text_network)
+    target_width = target_width_of(cache, recipe, names)
     student = build_student(recipe, names, image_network, text_network, target_width, seed, cache=cache)
-    _check_rule(cache, recipe, names, student)
+    check_rule(cache, recipe, names, student)
     check_student(recipe, names, student)
     if names.crop_size:
         check_layers(cache, names, student)
@@ -186,6 +194,7 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None, ranks: Rank
     replay = _replay(cache, recipe, names, config) if names.replayed else None
     source: BatchSource
     if config.live:
+        check_live(names)
         own = prefix if names.crop_size else None
         source = LiveSource(
             cache, names, table, device, config.data, precision=compute, threads=config.threads, prefix=own
@@ -194,7 +203,7 @@ def make_plan(config: TrainConfig, before: Mapping[str, Any] | None, ranks: Rank
         held = blocks_held(shuffle.window, cache.rows_per_block, order.batch) if shuffle.window else 0
         _require_memory(cache, names, held * ranks.number)
         source = CachedSource(cache, names, table, prefix, threads=config.threads, held_blocks=held, replay=replay)
-        _check_classes(names, source, target_width)
+        check_classes(names, source, target_width)
     terms = make_terms(Setting(recipe, student, cache, names, table, source, seed))
     identity = run_identity(recipe, cache, names, table, len(order), seed, compute, config.live, shuffle)
     return Plan(
@@ -309,99 +318,6 @@ def _compute(config: TrainConfig, before: Mapping[str, Any] | None, device: torc
     if config.precision != "auto":
         return config.precision
     return str(before["precision"]) if before is not None else good_compute(device)
-
-
-def _check_tokenizer(cache: Cache, names: FieldNames) -> None:
-    """Raise UsageError where the teacher read other tokens than the student's ids."""
-    for role in ("text_layers", "pair_layers"):
-        if role not in names.targets or names.ids is None:
-            continue
-        target = cache.field(names.targets[role])
-        ids, taught = cache.field(names.ids).fingerprint, target.fingerprint
-        for key in ("tokenizer", "max_tokens"):
-            if ids.get(key) != taught.get(key):
-                raise UsageError(
-                    f"{names.ids} has {key} {ids.get(key)}, {target.name} has {taught.get(key)}: layers are compared "
-                    "token by token",
-                    "choose fields of one tokenizer with --set data.ids=... and data.targets=..., or extract both at "
-                    "once with the same --max-tokens",
-                )
-
-
-def _target_width(cache: Cache, recipe: Recipe, names: FieldNames) -> int | None:
-    """Numbers that the student's head compares with the target, channels or classes; None without such a target.
-
-    Raises UsageError where a field of the largest logits does not say of how many classes they are.
-    """
-    role = compared_role(recipe)
-    if role is None:
-        return None
-    field, asked = cache.field(names.targets[role]), recipe.student.head_width
-    if field.kind != "top_logits":
-        return field.row_shape[-1]
-    classes = field.record.get("environment", {}).get("classes")
-    if asked == "auto" and not classes:
-        raise UsageError(
-            f"{field.name} keeps the {field.row_shape[0] - 1} largest logits, and not how many classes there are",
-            "say how many the teacher has: --set student.head_width=1000",
-        )
-    return int(classes or asked)
-
-
-def _check_classes(names: FieldNames, source: CachedSource, head_width: int | None) -> None:
-    """Raise UsageError where one of the largest logits is of a class that the head does not have."""
-    if head_width is None or not source.top_logits:
-        return
-    held = source.pooled["logits"]
-    largest = int(held.values_NVD[..., held.width // 2 + 1 :].max())
-    if largest >= head_width:
-        raise UsageError(
-            f"student.head_width = {head_width}: {names.targets['logits']} has class {largest}, the first being 0",
-            "say how many classes the teacher has: --set student.head_width=1000",
-        )
-
-
-def _check_target_shapes(
-    cache: Cache, names: FieldNames, image_network: Network | None, text_network: Network | None
-) -> None:
-    """Layers are compared token by token: raise UsageError where teacher and student differ in tokens or width."""
-    for role in _LAYERS:
-        if role not in names.targets or names.crop_size:  # of a student of pixels: check_layers
-            continue
-        target = cache.field(names.targets[role])
-        teacher = tuple(target.row_shape)
-        network = image_network if role == "layers" else text_network
-        assert network is not None
-        # Texts that go through shared blocks have the width of pictures.
-        width = image_network.width if role == "pair_layers" and image_network is not None else network.width
-        student: tuple[int, ...] = (teacher[0], width)
-        if role == "layers" and names.inputs is not None and not names.live_prefix:
-            student = cache.field(names.inputs).row_shape
-            rule = other_layers_rule(target)
-            if rule is not None and rule.prefix == "drop":
-                student = (student[0] - network.num_prefix, *student[1:])
-        if teacher != tuple(student):
-            raise UsageError(
-                f"{target.name} has {teacher[0]} tokens of {teacher[1]} channels, the student {student[0]} of "
-                f"{student[1]}: layers-mse compares them one by one",
-                "choose a teacher with the encoder's patch size and width, or the encoder itself",
-            )
-
-
-_LAYERS = ("layers", "text_layers", "pair_layers")
-
-
-def _check_rule(cache: Cache, recipe: Recipe, names: FieldNames, student: Student) -> None:
-    """Raise UsageError where the rule of the targets counts none of the student's blocks."""
-    if recipe.objectives.layers_mse is None:
-        return
-    (role, name), depth = next(iter(names.targets.items())), student.depth
-    rule = students_rule(student, role, other_layers_rule(cache.field(name)))
-    if not rule.counted(depth):
-        raise UsageError(
-            f"{name} is the {rule.words}: the student has {depth} blocks, and none is counted",
-            "train more of them, or choose other targets: --set data.targets=...",
-        )
 
 
 def _layers_line(plan: Plan) -> str:
