@@ -23,7 +23,8 @@ from emkum.stage1_extract import statistics as int8_statistics
 from emkum.stage1_extract.extract import extract
 from emkum.stage1_extract.live_check import SampleConfig, check_sample, load_teachers, require_agreement
 from emkum.stage2_train.plan import make_plan
-from emkum.stage2_train.recipe import load_recipe, required_fields
+from emkum.stage2_train.recipe import load_recipe
+from emkum.stage2_train.recipe_fields import required_fields
 from emkum.stage2_train.train import TrainConfig
 from tests.extraction import content
 from tests.pair_files import caption, jpeg, pairs_tar, save_pairs
