@@ -139,6 +139,17 @@ def test_a_cache_says_what_it_lacks_or_that_it_has_all(tmp_path: Path) -> None:
     assert lacking.text().splitlines() == [f"image-kd lacks something: {lacking.lacks}", lacking.commands[0]]
 
 
+def test_a_statistic_that_a_recipe_reads_is_among_what_a_cache_may_lack(tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "c", fields=("tokens", "ids", "cls")).path
+    (tmp_path / "few.toml").write_text('base = "itc-only"\n[objectives.codes]\ncodes = 4\n')
+    lacking = needs(str(tmp_path / "few.toml"), Cache.open(path))
+    assert lacking.lacks.endswith("keeps no teacher/tinyvit/image/cls/codebook-4")
+    (command,) = lacking.commands
+    assert command == f"emkum cache stats {path} --field teacher/tinyvit/image/cls --what codebook --codes 4"
+    assert emkum(shlex.split(command)[1:]) == 0
+    assert not needs(str(tmp_path / "few.toml"), Cache.open(path)).lacks
+
+
 def test_a_cache_without_captions_of_pictures_is_told_what_to_extract(tmp_path: Path) -> None:
     cache = Cache.open(make_cache(tmp_path / "c", captions=0, fields=("tokens", "cls")).path)
     found = needs("itc-only", cache)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emkum.errors import EmkumError, UsageError
+from emkum.shards.statistics.kept import load
 from emkum.stage2_train.recipe import RECIPES_DIR, Recipe, load_recipe, shipped_recipes, target_roles
 from emkum.stage2_train.recipe_fields import required_fields
+from emkum.stage2_train.recipe_statistics import required_statistics
 
 if TYPE_CHECKING:
     from emkum.shards.reader import Cache
@@ -136,7 +138,7 @@ class Needs:
 
 
 def needs(source: str, cache: Cache | None = None) -> Needs:
-    """The extract commands that would feed a recipe: from nothing, or what a cache lacks.
+    """The commands that would feed a recipe: from nothing, or what a cache lacks, statistics among it.
 
     Of several things that a cache lacks the first is named; its command often makes the others too. Raises
     UnknownRecipe, and UsageError where several fields fit.
@@ -145,7 +147,10 @@ def needs(source: str, cache: Cache | None = None) -> Needs:
     if cache is None:
         return Needs(recipe.name, reads, extract_commands(recipe))
     try:
-        return Needs(recipe.name, reads, (), fields=required_fields(recipe, cache).needed())
+        names = required_fields(recipe, cache)
+        for statistic in required_statistics(recipe, cache, names).values():
+            load(cache, statistic)
+        return Needs(recipe.name, reads, (), fields=names.needed())
     except EmkumError as error:
         if type(error) is UsageError:  # several fit: nothing is lacking
             raise

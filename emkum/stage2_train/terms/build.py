@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from emkum.errors import UsageError
 from emkum.models.network import load_saved
 from emkum.models.targets import named_rule, recorded_rule
-from emkum.shards.statistics.reading import codebook, duplicates, pca
+from emkum.shards.statistics.kept import Statistic, load
 from emkum.stage2_train.augment import augments
 from emkum.stage2_train.loader import BatchSource
 from emkum.stage2_train.objective_recipes import ItcRecipe, RankingRecipe
 from emkum.stage2_train.objectives.masking import Vocabulary, vocabulary
 from emkum.stage2_train.recipe import Recipe
 from emkum.stage2_train.recipe_fields import FieldNames
+from emkum.stage2_train.recipe_statistics import required_statistics
 from emkum.stage2_train.samples import SampleTable
 from emkum.stage2_train.shared_mlp import SHARED_LAYERS
 from emkum.stage2_train.student import Student, transformer
@@ -100,8 +100,7 @@ def _ctl(setting: Setting) -> Term:
     width = setting.target("cls").row_shape[-1]
     groups_R = None
     if wanted.duplicates:
-        found = duplicates(setting.opened, setting.target("cls").name, wanted.duplicates, setting.recipe.data.split)
-        groups_R = torch.from_numpy(found.arrays["group"].copy())
+        groups_R = torch.from_numpy(_statistic(setting, "ctl").arrays["group"].copy())
     return Ctl(wanted, make_bank(setting.recipe, setting.table, setting.source, width), groups_R)
 
 
@@ -155,7 +154,7 @@ def _target_cmli(setting: Setting) -> Term:
 def _codes(setting: Setting) -> Term:
     wanted = setting.recipe.objectives.codes
     assert wanted is not None
-    return Codes(wanted, setting.width, _codebook(setting, "cls", wanted.codes))
+    return Codes(wanted, setting.width, as_tensor(_statistic(setting, "codes").arrays["codes"]))
 
 
 def _codes_vq(setting: Setting) -> Term:
@@ -180,8 +179,7 @@ def _reduced(setting: Setting) -> Term:
             f"use fewer: --set objectives.reduced.width={target.row_shape[-1]}",
         )
     if wanted.start == "pca":
-        components = max(min(256, target.row_shape[-1]), wanted.width)
-        found = pca(setting.opened, target.name, components, setting.recipe.data.split)
+        found = _statistic(setting, "reduced")
         principal = as_tensor(found.arrays["components"]), as_tensor(found.arrays["mean"])
     return Reduced(wanted, target.row_shape[-1], principal)
 
@@ -195,7 +193,7 @@ def _mvlm(setting: Setting) -> Term:
             "--set objectives.mvlm.word_share=0.15, or objectives.mvlm=none",
         )
     words = vocabulary_of(setting) if wanted.word_share else None
-    hidden = _hidden(setting, wanted.codes) if wanted.patch_share else None
+    hidden = _hidden(setting) if wanted.patch_share else None
     return Mvlm(wanted, setting.student, words, hidden, setting.opened.field(str(setting.names.ids)).row_shape[0])
 
 
@@ -221,13 +219,12 @@ def _branches(setting: Setting) -> Term:
     return BranchesTerm(wanted, dataclasses.replace(rule, skip=0))
 
 
-def _codebook(setting: Setting, role: str, codes: int) -> Tensor:
-    """The codebook of a target that the cache keeps. Raises MissingStatistic with the command that makes it."""
-    found = codebook(setting.opened, setting.target(role).name, codes, split=setting.recipe.data.split)
-    return as_tensor(found.arrays["codes"])
+def _statistic(setting: Setting, term: str) -> Statistic:
+    """What a term reads of the whole cache. Raises MissingStatistic with the command that makes it."""
+    return load(setting.opened, required_statistics(setting.recipe, setting.opened, setting.names)[term])
 
 
-def _hidden(setting: Setting, codes: int) -> Hidden:
+def _hidden(setting: Setting) -> Hidden:
     """What masked patches need; UsageError where the student's input has seen its neighbours already."""
     names = setting.names
     if names.cut:
@@ -241,7 +238,7 @@ def _hidden(setting: Setting, codes: int) -> Hidden:
     size = int(setting.opened.field(str(names.inputs)).fingerprint["size"])
     with torch.no_grad():
         blank_TD = backbone.embed(torch.zeros(1, 3, size, size))[0].float()
-    return Hidden(_codebook(setting, "patches", codes), blank_TD)
+    return Hidden(as_tensor(_statistic(setting, "mvlm").arrays["codes"]), blank_TD)
 
 
 def vocabulary_of(setting: Setting) -> Vocabulary:
