@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 64
 TILE = 16  # positions; the cache stores text in tiles of this length
+MASK_TOKENS = ("[MASK]", "<mask>")
 _SLOW_FILES = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
 
 
@@ -76,6 +77,19 @@ def count_of_ids(tokenizer: bytes) -> int:
     else:
         highest = max(_parsed(tokenizer).get_vocab(with_added_tokens=True).values(), default=-1)
     return 1 + max(highest, pad_id(tokenizer))
+
+
+def special_ids(tokenizer: bytes) -> tuple[set[int], int | None]:
+    """The ids of special tokens, and that of the one which stands for a masked word; None where it has none.
+
+    Of tokenizers of sentencepiece neither is known.
+    """
+    if _pieces(tokenizer) is not None:
+        return set(), None
+    found = _parsed(tokenizer)
+    special = {number for number, token in found.get_added_tokens_decoder().items() if token.special}
+    masks = [number for token in MASK_TOKENS if (number := found.token_to_id(token)) is not None]
+    return special, next(iter(masks), None)
 
 
 def _encoded(tokenizer: bytes, captions: Sequence[str], max_tokens: int) -> list[list[int]]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from tokenizers import Tokenizer
 
 from emkum.errors import UsageError
 from emkum.models.network import load_saved
 from emkum.models.targets import named_rule, recorded_rule
+from emkum.models.tokenizer import MASK_TOKENS, special_ids
 from emkum.shards.statistics.kept import Statistic, load
 from emkum.stage2_train.augment import augments
 from emkum.stage2_train.loader import BatchSource
@@ -246,20 +246,15 @@ def vocabulary_of(setting: Setting) -> Vocabulary:
     name = str(setting.names.text_encoder)
     tokenizer = load_saved(setting.opened.model_dir(name)).tokenizer
     assert tokenizer is not None
-    found = Tokenizer.from_buffer(tokenizer)
-    special = {number for number, token in found.get_added_tokens_decoder().items() if token.special}
-    masks = [number for token in MASK_TOKENS if (number := found.token_to_id(token)) is not None]
-    if not masks:
+    special, mask = special_ids(tokenizer)
+    if mask is None:
         raise UsageError(
             f"the tokenizer of {name} has none of {', '.join(MASK_TOKENS)}: no token can stand for a hidden word",
             "choose another text encoder, for example bert-base, or --set objectives.mvlm.word_share=0",
         )
     embedding = setting.student.text_embedding
     assert embedding is not None
-    return vocabulary(len(embedding.tokens), special, masks[0], "cpu")
-
-
-MASK_TOKENS = ("[MASK]", "<mask>")
+    return vocabulary(len(embedding.tokens), special, mask, "cpu")
 
 
 def num_layers(recipe: Recipe, term: ItcRecipe | RankingRecipe) -> int:

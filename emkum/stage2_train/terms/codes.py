@@ -126,5 +126,5 @@ class Reduced(Term):
 
 
 def as_tensor(array: object) -> Tensor:
-    """float32, of a NumPy array."""
-    return torch.as_tensor(array, dtype=torch.float32)
+    """A float32 copy of a NumPy array."""
+    return torch.tensor(array, dtype=torch.float32)
