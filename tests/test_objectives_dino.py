@@ -11,7 +11,7 @@ import torch
 from test_objectives_codes import plain_unit, random, softmax
 from torch import nn
 
-from emkum.stage2_train.objectives.dino import DinoHead, DinoHeads, dino, rising_momentum, warmed_up
+from emkum.stage2_train.objectives.dino import DinoHead, DinoHeads, dino
 from emkum.stage2_train.objectives.ema import ema_update_
 
 # --- dino --------------------------------------------------------------------------------------------------------
@@ -93,22 +93,6 @@ def test_the_teachers_head_starts_as_the_students_and_follows_it() -> None:
     for now, old in zip(heads.teacher.parameters(), before.parameters(), strict=True):
         assert torch.allclose(now - old, torch.full_like(old, 0.1), atol=1e-6)
         assert not now.requires_grad
-
-
-def test_the_prototypes_can_be_held_for_a_step() -> None:
-    heads = DinoHeads(3, prototypes=4, hidden=5, bottleneck=2)
-    logits = heads(*(random(2, 3, seed=s).float() for s in range(3)))
-    dino(*logits, heads.centre_K).loss.backward()
-    assert heads.student.prototypes_KE.grad.abs().sum() > 0  # type: ignore[union-attr]
-    heads.hold_prototypes()
-    assert heads.student.prototypes_KE.grad is None
-    assert heads.student.mlp[0].weight.grad is not None
-
-
-def test_schedules_meet_their_ends() -> None:
-    assert [warmed_up(step, 4, 0.04, 0.08) for step in (0, 2, 4, 9)] == pytest.approx([0.04, 0.06, 0.08, 0.08])
-    assert warmed_up(0, 0, 0.04, 0.08) == 0.08
-    assert [rising_momentum(step, 10) for step in (0, 5, 10, 11)] == pytest.approx([0.996, 0.998, 1.0, 1.0])
 
 
 # --- ema ---------------------------------------------------------------------------------------------------------

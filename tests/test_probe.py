@@ -405,6 +405,14 @@ def test_a_cache_among_the_values_of_a_command_that_names_it_by_a_flag_is_a_valu
     assert cli._spread(words) == [*words[:-1], "--data", "s3://bucket/b.tar"]
 
 
+def test_data_without_any_of_the_caches_tars_is_said(config: ExtractConfig, tmp_path: Path) -> None:
+    quiet(config)
+    other = make_tar(tmp_path / "other.tar", 3, seed=9)
+    with pytest.raises(errors.NoData, match=r"holds none of the tars that .* was extracted from: other\.tar") as caught:
+        sample(config, 4, data=(str(other),))
+    assert caught.value.way_out == "say where those lie, or leave --data out where they have not moved"
+
+
 def test_the_draw_takes_all_splits_and_views_and_follows_its_seed(
     config: ExtractConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

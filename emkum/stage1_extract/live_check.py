@@ -329,6 +329,12 @@ def _with_tars(cache: Cache, work: Work, data: Sequence[str], absent: set[str]) 
     if not work.reads_tars:
         return work
     given = {os.path.basename(path): path for path in find_tars(data)} if data else {}
+    if given and not any(source.tar in given for segment in cache.segments for source in segment.sources):
+        raise NoData(
+            f"--data {' '.join(data)} holds none of the tars that {cache.store.url} was extracted from: "
+            f"{', '.join(sorted(given)[:3])}",
+            "say where those lie, or leave --data out where they have not moved",
+        )
     paths = {}
     for segment in cache.segments:
         for source in segment.sources if segment.span(work.space).rows else ():

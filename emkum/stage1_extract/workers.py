@@ -37,6 +37,7 @@ from emkum.errors import Interrupted, SchedulerUnreachable, WorkersDiffer, Worke
 from emkum.models import whole_user
 from emkum.models.families.registry import CATALOGUE
 from emkum.shards.claims import CLAIMS, Claims, block_key
+from emkum.shards.dask_logs import silent_dask
 from emkum.shards.layout import receipt_path
 from emkum.shards.ledger import REQUESTS_AT_A_TIME, Receipt, read_receipt, receipt_names
 from emkum.shards.segments import read_captions
@@ -595,7 +596,7 @@ def _client_of(config: ExtractConfig) -> Iterator[Client]:
         "distributed.nanny.pre-spawn-environ": {},  # it would be set in this process too
         "distributed.comm.timeouts.connect": "60s",  # a nanny whose worker cannot connect in time gives it up for good
     }
-    with _silence(), dask.config.set(settings), contextlib.ExitStack() as held:
+    with silent_dask(), dask.config.set(settings), contextlib.ExitStack() as held:
         if config.scheduler is not None:
             client = _connect(dask_client, config.scheduler)
             held.callback(_quietly, client.close, timeout=CLOSE_SECONDS)
@@ -667,19 +668,3 @@ def _kill_workers() -> None:
     for process in multiprocessing.active_children():
         if process.name.startswith("Dask Worker"):
             process.kill()
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Dask's loggers say nothing short of critical: the team says what concerns a user."""
-    import distributed  # noqa: F401  (it makes the loggers)
-
-    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] in ("distributed", "asyncio")]
-    before = {name: logging.getLogger(name).level for name in [*names, "asyncio"]}
-    for name in before:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)

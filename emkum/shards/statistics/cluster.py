@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import pkgutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 
 import emkum
 from emkum.errors import EmkumError, SchedulerUnreachable, UsageError, WorkersDiffer, WorkersLost
+from emkum.shards.dask_logs import silent_dask
 from emkum.shards.store import is_url
 
 CONNECT_SECONDS = 10.0
@@ -74,7 +74,7 @@ def connected(address: str) -> Iterator[Cluster]:
     import distributed
 
     dask_client: Any = distributed.Client
-    with _silence(), contextlib.ExitStack() as held:
+    with silent_dask(), contextlib.ExitStack() as held:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # versions of other packages; emkum's is compared below
@@ -112,19 +112,3 @@ def _require_same_emkum(client: Any) -> None:
 def _close(client: Any) -> None:
     with contextlib.suppress(Exception):  # what is lost need not be closed
         client.close(timeout=CLOSE_SECONDS)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Dask's loggers say nothing short of critical: what concerns a user is raised."""
-    import distributed  # noqa: F401  (it makes the loggers)
-
-    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "distributed"]
-    before = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)

@@ -24,7 +24,6 @@ ABLATIONS_DIR = Path(__file__).parents[1] / "ablations"
 TOP_KEYS = ("recipe", "seeds", "max_steps", "set", "grid", "variant")
 VARIANT_KEYS = ("name", "recipe", "set", "live", "max_steps")
 EACH, TARGETS = "each", "data.targets"  # `"data.targets" = "each"` in [grid]: every field of the cache that fits
-MOST_RUNS = 10_000
 DOCS = "docs/ablations.md shows a file"
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -75,16 +74,6 @@ def _exact(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def warmed_up(step: int, steps: int, start: float, end: float) -> float:
-    """From `start` to `end` in a straight line over so many steps, then `end`: the teacher's temperature."""
-    return end if step >= steps else start + (end - start) * step / steps
-
-
-def rising_momentum(step: int, steps: int, start: float = 0.996) -> float:
-    """From `start` to 1 as half a cosine over a run of so many steps: the momentum of the teacher's head."""
-    return 1.0 - (1.0 - start) * (math.cos(math.pi * min(step / steps, 1.0)) + 1.0) / 2
-
-
 class DinoHead(nn.Module):
     """Linear-GELU-Linear-GELU-Linear to E channels, made a unit vector; then cosines with K prototypes.
 
@@ -137,7 +126,3 @@ class DinoHeads(nn.Module):
     def update_teacher_(self, momentum: float = 0.996) -> None:
         """The teacher's head follows the student's. Called once a step, after the optimiser's."""
         ema_update_(self.teacher, self.student, momentum)
-
-    def hold_prototypes(self) -> None:
-        """Drop the gradient of the prototypes, after backward: DINO does so for the first epoch."""
-        self.student.prototypes_KE.grad = None

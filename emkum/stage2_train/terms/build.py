@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,24 @@ from emkum.models.tokenizer import MASK_TOKENS, special_ids
 from emkum.shards.statistics.kept import Statistic, load
 from emkum.stage2_train.augment import augments
 from emkum.stage2_train.loader import BatchSource
-from emkum.stage2_train.objective_recipes import ItcRecipe, RankingRecipe
+from emkum.stage2_train.objective_recipes import (
+    BranchesRecipe,
+    ClsMseRecipe,
+    CmliRecipe,
+    CodesRecipe,
+    CodesVqRecipe,
+    CtlRecipe,
+    DinoRecipe,
+    ItcQueueRecipe,
+    ItcRecipe,
+    ItmRecipe,
+    LayersMseRecipe,
+    LogitsKlRecipe,
+    MvlmRecipe,
+    RankingRecipe,
+    ReducedRecipe,
+    TargetCmliRecipe,
+)
 from emkum.stage2_train.objectives.masking import Vocabulary, vocabulary
 from emkum.stage2_train.recipe import Recipe
 from emkum.stage2_train.recipe_fields import FieldNames
@@ -69,32 +86,27 @@ def make_terms(setting: Setting) -> Terms:
 
     Raises UsageError and MissingStatistic for what the cache does not have.
     """
+    asked = setting.recipe.objectives
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
-        return Terms([_MAKERS[name](setting) for name in setting.recipe.terms], augments(setting.recipe))
+        return Terms(
+            [_MAKERS[name](setting, getattr(asked, name)) for name in setting.recipe.terms], augments(setting.recipe)
+        )
 
 
-def _itc(setting: Setting) -> Term:
-    wanted = setting.recipe.objectives.itc
-    assert wanted is not None
+def _itc(setting: Setting, wanted: ItcRecipe) -> Term:
     return Itc(wanted, num_layers(setting.recipe, wanted))
 
 
-def _ranking(setting: Setting) -> Term:
-    wanted = setting.recipe.objectives.ranking
-    assert wanted is not None
+def _ranking(setting: Setting, wanted: RankingRecipe) -> Term:
     return Ranking(wanted, num_layers(setting.recipe, wanted))
 
 
-def _itc_queue(setting: Setting) -> Term:
-    wanted = setting.recipe.objectives.itc_queue
-    assert wanted is not None
+def _itc_queue(setting: Setting, wanted: ItcQueueRecipe) -> Term:
     return ItcQueue(wanted, setting.student)
 
 
-def _ctl(setting: Setting) -> Term:
-    wanted = setting.recipe.objectives.ctl
-    assert wanted is not None
+def _ctl(setting: Setting, wanted: CtlRecipe) -> Term:
     assert setting.table is not None
     assert setting.source is not None
     width = setting.target("cls").row_shape[-1]
@@ -104,40 +116,29 @@ def _ctl(setting: Setting) -> Term:
     return Ctl(wanted, make_bank(setting.recipe, setting.table, setting.source, width), groups_R)
 
 
-def _cls_mse(setting: Setting) -> Term:
-    wanted = setting.recipe.objectives.cls_mse
-    assert wanted is not None
+def _cls_mse(setting: Setting, wanted: ClsMseRecipe) -> Term:
     return ClsMse(wanted, setting.recipe.kind == "pairs")
 
 
-def _layers_mse(setting: Setting) -> Term:
-    wanted = setting.recipe.objectives.layers_mse
-    assert wanted is not None
+def _layers_mse(setting: Setting, wanted: LayersMseRecipe) -> Term:
     return LayersMse("layers_mse", wanted.weight)
 
 
-def _logits_kl(setting: Setting) -> Term:
-    wanted = setting.recipe.objectives.logits_kl
-    assert wanted is not None
+def _logits_kl(setting: Setting, wanted: LogitsKlRecipe) -> Term:
     return LogitsKl(wanted, setting.recipe.kind == "pairs")
 
 
-def _itm(setting: Setting) -> Term:
-    wanted = setting.recipe.objectives.itm
-    assert wanted is not None
+def _itm(setting: Setting, wanted: ItmRecipe) -> Term:
     return Itm(wanted, setting.width)
 
 
-def _cmli(setting: Setting) -> Term:
-    wanted = setting.recipe.objectives.cmli
-    assert wanted is not None
+def _cmli(setting: Setting, wanted: CmliRecipe) -> Term:
     ids = setting.opened.field(str(setting.names.ids))
     return Cmli(wanted, ids.row_shape[0])
 
 
-def _target_cmli(setting: Setting) -> Term:
-    wanted, image = setting.recipe.objectives.target_cmli, setting.student.spec.image
-    assert wanted is not None
+def _target_cmli(setting: Setting, wanted: TargetCmliRecipe) -> Term:
+    image = setting.student.spec.image
     assert image is not None
     target = setting.target("patches")
     if not setting.names.live_prefix:
@@ -151,27 +152,19 @@ def _target_cmli(setting: Setting) -> Term:
     return TargetCmli(wanted, setting.student.spec.width, target.row_shape[-1])
 
 
-def _codes(setting: Setting) -> Term:
-    wanted = setting.recipe.objectives.codes
-    assert wanted is not None
+def _codes(setting: Setting, wanted: CodesRecipe) -> Term:
     return Codes(wanted, setting.width, as_tensor(_statistic(setting, "codes").arrays["codes"]))
 
 
-def _codes_vq(setting: Setting) -> Term:
-    wanted = setting.recipe.objectives.codes_vq
-    assert wanted is not None
+def _codes_vq(setting: Setting, wanted: CodesVqRecipe) -> Term:
     return CodesVq(wanted, setting.width, setting.target("cls").row_shape[-1])
 
 
-def _dino(setting: Setting) -> Term:
-    wanted = setting.recipe.objectives.dino
-    assert wanted is not None
+def _dino(setting: Setting, wanted: DinoRecipe) -> Term:
     return Dino(wanted, setting.target("cls").row_shape[-1])
 
 
-def _reduced(setting: Setting) -> Term:
-    wanted = setting.recipe.objectives.reduced
-    assert wanted is not None
+def _reduced(setting: Setting, wanted: ReducedRecipe) -> Term:
     target, principal = setting.target("cls"), None
     if wanted.width > target.row_shape[-1]:
         raise UsageError(
@@ -184,9 +177,7 @@ def _reduced(setting: Setting) -> Term:
     return Reduced(wanted, target.row_shape[-1], principal)
 
 
-def _mvlm(setting: Setting) -> Term:
-    wanted = setting.recipe.objectives.mvlm
-    assert wanted is not None
+def _mvlm(setting: Setting, wanted: MvlmRecipe) -> Term:
     if not wanted.word_share and not wanted.patch_share:
         raise UsageError(
             "objectives.mvlm: word_share = 0 and patch_share = 0: nothing is masked",
@@ -197,9 +188,7 @@ def _mvlm(setting: Setting) -> Term:
     return Mvlm(wanted, setting.student, words, hidden, setting.opened.field(str(setting.names.ids)).row_shape[0])
 
 
-def _branches(setting: Setting) -> Term:
-    wanted = setting.recipe.objectives.branches
-    assert wanted is not None
+def _branches(setting: Setting, wanted: BranchesRecipe) -> Term:
     spec = setting.student.spec
     if spec.text is not None and spec.text.width != spec.width:
         raise UsageError(
@@ -262,7 +251,7 @@ def num_layers(recipe: Recipe, term: ItcRecipe | RankingRecipe) -> int:
     return SHARED_LAYERS[recipe.student.shared] if term.layers == "all" else 1
 
 
-_MAKERS: dict[str, Callable[[Setting], Term]] = {
+_MAKERS: dict[str, Callable[[Setting, Any], Term]] = {
     "itc": _itc,
     "ranking": _ranking,
     "ctl": _ctl,
